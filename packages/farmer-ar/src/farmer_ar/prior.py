@@ -1,0 +1,236 @@
+"""The autoregressive latent model with its channel partition (paper, section 3.3, Eq. 11 and 12)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from farmer_flow import Transformer
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from farmer_ar.mixture import DiagonalMixture
+
+__all__ = ["LatentPrior"]
+
+LOG_SCALE_BOUND = 8.0
+"""No standard deviation leaves ``exp(-8)..exp(8)``."""
+
+CHUNK_NUMBERS = 2**23
+"""How many mixture parameters the informative heads hold at once: 32 MiB in float32."""
+
+
+class MixtureHead(nn.Module):
+    """Map hidden states to mixtures of diagonal Gaussians.
+
+    ``log sigma = 8 tanh(s / 8)`` of the output ``s``, so that no scale overflows or vanishes.
+    """
+
+    def __init__(self, width: int, dim: int, components: int) -> None:
+        super().__init__()
+        self.dim, self.components = dim, components
+        self.linear = nn.Linear(width, components * (1 + 2 * dim))
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers describe one mixture."""
+        return self.linear.out_features
+
+    def forward(self, hidden: Tensor) -> DiagonalMixture:
+        """Map ``(*batch, width)`` to mixtures of that batch shape, in float32 or wider."""
+        raw = self.linear(hidden)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        logits, loc, log_scale = raw.split([self.components, *[self.components * self.dim] * 2], dim=-1)
+        loc, log_scale = (rearrange(p, "... (k d) -> ... k d", k=self.components) for p in (loc, log_scale))
+        scale = (LOG_SCALE_BOUND * torch.tanh(log_scale / LOG_SCALE_BOUND)).exp()
+        return DiagonalMixture(logits, loc, scale, validate_args=False)
+
+
+class LatentPrior(nn.Module):
+    r"""The density of a sequence of latent tokens, given a class.
+
+    The channels are split into informative ones (the first ``informative_dim``) and redundant ones (the rest), and
+    no information is lost (FARMER, arXiv 2510.23588, Eq. 11 and 12):
+
+        ``P(Z|c) = prod_i GMM_i(z^I_i | z^I_<i, c)  *  prod_i GMM_{N+1}(z^R_i | Z^I, c)``
+
+    Informative channels are modelled token by token, each with its own mixture of ``components`` Gaussians;
+    redundant channels by ONE mixture of ``redundant_components`` Gaussians, shared by all tokens, that has seen the
+    whole informative sequence. A causal Transformer reads the class embedding ``condition_repeats`` times, then
+    ``z^I_1..z^I_N``: the output at the last condition token predicts token 1, that at ``z^I_i`` token ``i + 1``,
+    and that at ``z^I_N`` the shared mixture.
+
+    Args:
+        dim: channels of a token.
+        length: tokens of a sequence.
+        informative_dim: how many channels are informative, 1 to ``dim``; ``dim`` for no partition.
+        width: of the Transformer; a multiple of ``head_dim``.
+        layers: of the Transformer.
+        components: of each informative mixture.
+        redundant_components: of the shared mixture; not used where ``informative_dim == dim``.
+        classes: number of classes; 0 for an unconditional prior, which accepts labels and does not use them.
+        condition_repeats: how often the condition stands before the tokens.
+        head_dim: channels of an attention head.
+
+    Raises:
+        ValueError: if a size is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from farmer_ar import LatentPrior
+        >>> prior = LatentPrior(6, 16, informative_dim=4, width=64, layers=1, components=3,
+        ...                     redundant_components=5, classes=10)
+        >>> z = prior.sample(torch.tensor([3, 7, -1]), generator=torch.Generator().manual_seed(0))
+        >>> z.shape, prior.log_prob(z, torch.tensor([3, 7, -1])).shape
+        (torch.Size([3, 16, 6]), torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        length: int,
+        *,
+        informative_dim: int,
+        width: int,
+        layers: int,
+        components: int,
+        redundant_components: int = 1,
+        classes: int = 0,
+        condition_repeats: int = 1,
+        head_dim: int = 64,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "dim": dim,
+            "length": length,
+            "informative_dim": informative_dim,
+            "components": components,
+            "redundant_components": redundant_components,
+            "condition_repeats": condition_repeats,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if informative_dim > dim or classes < 0:
+            raise ValueError(
+                f"informative_dim must be at most dim={dim} and classes at least 0, "
+                f"got informative_dim={informative_dim} and classes={classes}"
+            )
+        self.dim, self.length, self.informative_dim = dim, length, informative_dim
+        self.width, self.layers, self.head_dim = width, layers, head_dim
+        self.components, self.redundant_components = components, redundant_components
+        self.classes, self.condition_repeats = classes, condition_repeats
+
+        self.condition = nn.Embedding(classes + 1, width)  # the last row: no class
+        self.embed = nn.Linear(informative_dim, width)
+        # without a partition nothing is predicted from the last token, and it is not read
+        self._read = length if informative_dim < dim else length - 1
+        self.position = nn.Parameter(torch.randn(condition_repeats + self._read, width) * 0.02)
+        self.transformer = Transformer(width, layers, head_dim)
+        self.informative = MixtureHead(width, informative_dim, components)
+        self.redundant = (
+            MixtureHead(width, dim - informative_dim, redundant_components) if informative_dim < dim else None
+        )
+
+    def log_prob(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the log-density of sequences, in nats, summed over tokens and channels.
+
+        Args:
+            z: ``(batch, length, dim)``.
+            labels: ``(batch,)`` int64, negative for no class; None for no class at all.
+
+        Returns:
+            ``(batch,)``, float32 whatever the autocast (float64 for float64 parameters).
+
+        Raises:
+            ValueError: if the latents or the labels have the wrong shape, or a label is out of range.
+        """
+        if z.ndim != 3 or z.shape[1:] != (self.length, self.dim):
+            raise ValueError(
+                f"latents must be (batch, length={self.length}, dim={self.dim}), got {tuple(z.shape)}"
+            )
+        informative, redundant = z.split([self.informative_dim, self.dim - self.informative_dim], dim=-1)
+        tokens = self.embed(informative[:, : self._read])
+        condition = self._condition(labels, z.shape[0])
+        hidden = self.transformer(torch.cat([condition, tokens], dim=1) + self.position)
+        hidden = hidden[:, self.condition_repeats - 1 :]
+        log_prob = self._log_prob_informative(hidden[:, : self.length], informative)
+        if self.redundant is not None:
+            shared = self.redundant(hidden[:, -1:])  # batch (batch, 1): one mixture for all tokens
+            log_prob = log_prob + shared.log_prob(redundant).sum(1)
+        return log_prob
+
+    def _log_prob_informative(self, hidden: Tensor, z: Tensor) -> Tensor:
+        """Score each token under its own mixture, some tokens at a time where all would take much memory."""
+        tokens = max(1, CHUNK_NUMBERS // (self.informative.numbers * max(1, z.shape[0])))
+        if tokens >= z.shape[1] or not torch.is_grad_enabled():
+            parts = [
+                self._log_prob_chunk(h, t)
+                for h, t in zip(hidden.split(tokens, 1), z.split(tokens, 1), strict=True)
+            ]
+        else:  # the mixtures are made again in the backward pass rather than kept
+            parts = [
+                checkpoint(self._log_prob_chunk, h, t, use_reentrant=False, preserve_rng_state=False)
+                for h, t in zip(hidden.split(tokens, 1), z.split(tokens, 1), strict=True)
+            ]
+        return torch.stack(parts).sum(0)
+
+    def _log_prob_chunk(self, hidden: Tensor, z: Tensor) -> Tensor:
+        mixture: DiagonalMixture = self.informative(hidden)
+        return mixture.log_prob(z).sum(1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels_or_batch: Tensor | int,
+        *,
+        redundant_scale: float = 1.0,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Draw sequences token by token, then all redundant channels at once.
+
+        Args:
+            labels_or_batch: ``(batch,)`` int64 classes, negative for none; or how many sequences without a class.
+            redundant_scale: factor on the variances of the shared mixture; changes colour and detail, not
+                structure (paper, Figure 7). 0 gives the components' means.
+            generator: of random numbers, on the parameters' device.
+
+        Returns:
+            ``(batch, length, dim)``.
+
+        Raises:
+            ValueError: if the labels have the wrong shape or one is out of range, or the factor is negative.
+        """
+        if redundant_scale < 0:
+            raise ValueError(f"redundant_scale must not be negative, got {redundant_scale}")
+        labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.position.device)
+        batch = labels_or_batch if isinstance(labels_or_batch, int) else labels_or_batch.shape[0]
+        cache = self.transformer.new_cache(batch, self.position.shape[0])
+        prefix = self._condition(labels, batch) + self.position[: self.condition_repeats]
+        hidden = self.transformer(prefix, cache)[:, -1:]
+        drawn: list[Tensor] = []
+        for i in range(self.length):
+            drawn.append(self.informative(hidden).sample(generator=generator))
+            if i < self._read:
+                token = self.embed(drawn[-1]) + self.position[self.condition_repeats + i]
+                hidden = self.transformer(token, cache)
+        informative = torch.cat(drawn, dim=1)
+        if self.redundant is None:
+            return informative
+        shared = self.redundant(hidden).temper(scale=math.sqrt(redundant_scale))
+        redundant = shared.expand((batch, self.length)).sample(generator=generator)
+        return torch.cat([informative, redundant], dim=-1)
+
+    def _condition(self, labels: Tensor | None, batch: int) -> Tensor:
+        """Return the condition's embedding, repeated: ``(batch, condition_repeats, width)``."""
+        if labels is None or not self.classes:
+            labels = torch.full((batch,), -1, device=self.position.device)
+        elif labels.shape != (batch,) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}"
+            )
+        elif not torch.compiler.is_compiling() and batch and int(labels.max()) >= self.classes:
+            raise ValueError(f"labels must be below classes={self.classes}, got {int(labels.max())}")
+        embedded: Tensor = self.condition(labels.where(labels >= 0, self.classes))
+        return embedded.unsqueeze(1).expand(-1, self.condition_repeats, -1)
