@@ -24,10 +24,11 @@ import PIL.Image
 import pyarrow.parquet
 import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from farmer_examples.torchvision_operators import torchvision
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
+
+from farmer_examples.torchvision_operators import torchvision
 
 __all__ = ["DataError", "ImageData", "image_files", "load_images", "read_image"]
 
@@ -272,18 +273,12 @@ class _Undecoded:
         if isinstance(self.split.images, torch.Tensor):
             return _fit(self.split.images[rows][:, None], self.image_size, self.channels)
         (encoded,) = self.split.images[rows.tolist()].values()
-        names = [self._name(row, image) for row, image in zip(rows.tolist(), encoded, strict=True)]
-        return torch.stack(
-            [
-                _decode_one(image, name, self.image_size, self.channels)
-                for image, name in zip(encoded, names, strict=True)
-            ]
-        )
-
-    def _name(self, row: int, encoded: dict[str, Any] | None) -> str:
-        if encoded is not None and encoded["bytes"] is None and encoded["path"] is not None:
-            return str(encoded["path"])
-        return f"{self.split.origin}, row {row}"
+        pixels = []
+        for row, image in zip(rows.tolist(), encoded, strict=True):
+            a_file = image is not None and image["bytes"] is None and image["path"] is not None
+            name = image["path"] if a_file else f"{self.split.origin}, row {row}"
+            pixels.append(_decode_one(image, name, self.image_size, self.channels))
+        return torch.stack(pixels)
 
 
 def _decode(
@@ -297,18 +292,16 @@ def _decode(
     """Decode a split into memory where it fits, and otherwise only as far as `on_corrupt` demands."""
     undecoded = _Undecoded(split, image_size, channels)
     shape = (len(split.rows), channels, image_size, image_size)
-    labels, strays = split.labels[split.rows], len(split.strays)
-    if math.prod(shape) > memory_limit:
-        if on_corrupt == "raise":
-            return ImageData(undecoded, labels, class_names, strays)
-        sound = _decode_all(undecoded, None, on_corrupt)
+    in_memory = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= memory_limit else None
+    sound = torch.arange(len(split.rows))
+    if in_memory is not None or on_corrupt == "skip":
+        sound = _decode_all(undecoded, in_memory, on_corrupt)
+    skipped = len(split.strays) + len(split.rows) - len(sound)
+    labels = split.labels[split.rows[sound]]
+    if in_memory is None:
         undecoded = replace(undecoded, split=replace(split, rows=split.rows[sound]))
-        return ImageData(undecoded, labels[sound], class_names, strays + len(labels) - len(sound))
-    pixels = torch.empty(shape, dtype=torch.uint8)
-    sound = _decode_all(undecoded, pixels, on_corrupt)
-    if len(sound) < len(labels):
-        pixels = pixels[sound]
-    return ImageData(pixels, labels[sound], class_names, strays + len(labels) - len(sound))
+        return ImageData(undecoded, labels, class_names, skipped)
+    return ImageData(in_memory[sound] if skipped else in_memory, labels, class_names, skipped)
 
 
 def _decode_all(
@@ -335,14 +328,14 @@ def _decode_all(
         ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads,
         tqdm(total=total, desc=f"decoding {origin}", unit="image", delay=2, disable=None) as progress,
     ):
+        blocks = torch.arange(total).split(BLOCK)
         sound = []
-        for positions in threads.map(decode, blocks := torch.arange(total).split(BLOCK)):
+        for block, positions in zip(blocks, threads.map(decode, blocks), strict=True):
             sound.append(positions)
-            progress.update(len(blocks[len(sound) - 1]))
-    kept = torch.cat(sound) if sound else torch.empty(0, dtype=torch.int64)
-    if len(kept) == 0:
-        raise DataError(f"{origin}: expected images, found {total} rows and not one sound image")
-    return kept
+            progress.update(len(block))
+    if not any(map(len, sound)):
+        raise DataError(f"{origin}: expected images, found {total} and not one of them sound")
+    return torch.cat(sound)
 
 
 # Splits and classes.
@@ -426,17 +419,16 @@ def _open(source: str) -> dict[str, _Split]:
 
 def _nearest(path: Path) -> str:
     """Suggest what may have been meant by a path that does not exist."""
-    beside = {str(other): other.name for other in path.parent.iterdir()} if path.parent.is_dir() else {}
-    close = difflib.get_close_matches(path.name, ["digits", *beside.values()], n=1)
-    if not close:
-        return ""
-    return f" (did you mean {next((full for full, name in beside.items() if name == close[0]), close[0])!r}?)"
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    known = {"digits": "digits"} | {other.name: str(other) for other in beside}
+    close = difflib.get_close_matches(path.name, known, n=1)
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""
 
 
 def _by_split(names: Collection[str]) -> dict[str, str]:
     """Find, among what a source calls its splits, those for train and test: the train split first."""
-    found = {"train": "train"} if "train" in names else {}
-    return found | {"test": name for name in TEST_SPLITS[::-1] if name in names}  # noqa: B035 -- the first wins
+    test = [name for name in TEST_SPLITS if name in names]
+    return ({"train": "train"} if "train" in names else {}) | ({"test": test[0]} if test else {})
 
 
 def _all_rows(labels: torch.Tensor) -> torch.Tensor:
@@ -468,7 +460,7 @@ def _open_idx(folder: Path) -> dict[str, _Split]:
                 f"{folder}: expected as many {prefix} images as labels, and not none, "
                 f"got {len(images)} images of {tuple(images.shape[1:])} and {len(labels)} labels"
             )
-        fashion = "fashion" in folder.resolve().name.lower()
+        fashion = any("fashion" in part.lower() for part in folder.resolve().parts[-2:])  # FashionMNIST/raw
         names = tuple(torchvision.datasets.FashionMNIST.classes) if fashion else None
         splits[split] = _Split(images, labels, names, f"{folder} ({prefix})", _all_rows(labels))
     return splits
@@ -476,15 +468,14 @@ def _open_idx(folder: Path) -> dict[str, _Split]:
 
 def _read_idx(path: Path, dimensions: int) -> torch.Tensor:
     """Read a uint8 IDX file, plain or gzipped: `0, 0, 8, dimensions`, big-endian sizes, and the values."""
-    zipped = path.with_name(path.name + ".gz")
-    if not path.exists() and not zipped.exists():
-        raise DataError(f"{path}: expected this file, plain or as .gz, found neither")
+    zipped = not path.exists()
+    path = path.with_name(path.name + ".gz") if zipped else path
+    if not path.exists():
+        raise DataError(f"{path}: expected this file, gzipped or plain, found neither")
     try:
-        path, content = (
-            (path, path.read_bytes()) if path.exists() else (zipped, gzip.decompress(zipped.read_bytes()))
-        )
+        content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{zipped}: expected a sound gzip file, got {error}") from error
+        raise DataError(f"{path}: expected a sound file, got {type(error).__name__}: {error}") from error
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
         raise DataError(
@@ -529,9 +520,13 @@ def _open_classes(folder: Path) -> _Split:
     classes = _subfolders(folder)
     loose = [path for path in images if path.parent == folder]
     if not images:
+        hint = (
+            f"; name its parquet files with a glob, {folder}/*.parquet"
+            if any(folder.glob("*.parquet"))
+            else ""
+        )
         raise DataError(
-            f"{folder}: expected images, or a subfolder of images for each class, found none"
-            f"{_parquet_in(folder)}"
+            f"{folder}: expected images, or a subfolder of images for each class, found none{hint}"
         )
     if classes and loose:
         raise DataError(
@@ -547,22 +542,15 @@ def _open_classes(folder: Path) -> _Split:
         if len(rows) != len(images):
             raise DataError(f"{folder}: expected metadata for {len(images)} images, found {len(rows)} rows")
         return replace(_split_of(rows, str(folder)), strays=tuple(strays))
-    columns = {"image": [str(path) for path in images]}
-    rows = datasets.Dataset.from_dict(
-        columns, features=datasets.Features({"image": datasets.Image(decode=False)})
-    )
-    labels = torch.tensor([-1 if loose else classes.index(name) for name in of_image])
+    encoded = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": [str(path) for path in images]}, features=encoded)
+    number = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([-1 if loose else number[name] for name in of_image])
     return _Split(rows, labels, tuple(classes), str(folder), _all_rows(labels), tuple(strays))
 
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not HIDDEN.fullmatch(path.name))
-
-
-def _parquet_in(folder: Path) -> str:
-    return (
-        f"; name its parquet files with a glob, {folder}/*.parquet" if any(folder.glob("*.parquet")) else ""
-    )
 
 
 def _walk(folder: Path, recursive: bool = True) -> tuple[list[Path], list[Path]]:

@@ -1,0 +1,276 @@
+"""The configuration of a run: its schema, the shipped files, and errors that say what to mend."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from farmer_ar import LatentPrior
+from farmer_flow import AutoregressiveFlow
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from farmer_examples.model import Farmer, TrainingNoise
+
+__all__ = ["Config", "ConfigError", "load_config", "shipped_configs"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the file."""
+
+
+class Section(BaseModel):
+    """A part of the configuration, in which unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which images, and how they are brought to one size."""
+
+    source: str
+    """``digits``, a folder of IDX files or images, a glob of parquet files, or a hub id."""
+    test_source: str | None = None
+    """The held-out images, where ``source`` has no split of its own for them."""
+    image_size: int = Field(ge=1)
+    channels: Literal[1, 3] = 3
+    grey_levels: int = Field(default=256, ge=2, le=256)
+    class_names: list[str] | None = None
+    flip: bool = False
+    """Mirror half of the training images, chosen at random each time."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """The share of the images kept for evaluation where there is neither a split nor a ``test_source``."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many images of each split."""
+
+
+class Flow(Section):
+    """The arguments of :class:`farmer_flow.AutoregressiveFlow`."""
+
+    width: int = Field(ge=1)
+    blocks: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    head_dim: int = Field(default=64, ge=1)
+    conditional: bool = False
+    """Condition every block on the class as well as the prior."""
+
+
+class Prior(Section):
+    """The arguments of :class:`farmer_ar.LatentPrior`."""
+
+    width: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    informative_dim: int | None = Field(default=None, ge=1)
+    """How many of a token's channels are informative; all of them if left out."""
+    components: int = Field(ge=1)
+    redundant_components: int = Field(default=1, ge=1)
+    condition_repeats: int = Field(default=1, ge=1)
+    head_dim: int = Field(default=64, ge=1)
+
+
+class Noise(Section):
+    """See :class:`farmer_examples.model.TrainingNoise`."""
+
+    kind: Literal["uniform", "gaussian"] = "uniform"
+    start: float = Field(default=0.1, ge=0)
+    end: float = Field(default=0.005, ge=0)
+
+
+class Model(Section):
+    """The model's shape."""
+
+    patch_size: int = Field(ge=1)
+    flow: Flow
+    prior: Prior
+    final_permute: bool = True
+
+
+class Training(Section):
+    """The course of the training."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps. The schedules end here, or at ``minutes`` if that comes first."""
+    minutes: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(ge=1)
+    """Images a step and process, over all accumulated parts."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts that a batch is cut into."""
+    lr: float = Field(default=1e-4, gt=0)
+    final_lr: float = Field(default=1e-6, ge=0)
+    warmup_steps: int = Field(default=5000, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.03, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    noise: Noise = Noise()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    """Compile the Transformer layers; worth its minute or so in long runs."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that decode images; needed only for data too large to hold in memory."""
+    seed: int = 0
+    evaluate_every: int = Field(default=1000, ge=1)
+    """Steps between evaluations, each of which draws samples and writes a checkpoint."""
+    evaluation_images: int | None = Field(default=None, ge=1)
+    """How many held-out images to evaluate on; all of them if left out."""
+    evaluation_draws: int = Field(default=1, ge=1)
+    samples: int = Field(default=64, ge=0)
+    """Images in each sample grid."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints to keep, beside the best."""
+
+    @model_validator(mode="after")
+    def _parts_divide_batch(self) -> Training:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
+        return self
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    data: Data
+    model: Model
+    training: Training
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Config:
+        dim = self.data.channels * self.model.patch_size**2
+        if self.data.image_size % self.model.patch_size:
+            raise ValueError(
+                f"model.patch_size={self.model.patch_size} must divide data.image_size={self.data.image_size}"
+            )
+        if self.data.image_size == self.model.patch_size:
+            raise ValueError(
+                "model.patch_size must be smaller than data.image_size: one token is no sequence"
+            )
+        informative = self.model.prior.informative_dim
+        if informative is not None and informative > dim:
+            raise ValueError(f"model.prior.informative_dim={informative} exceeds a token's {dim} channels")
+        for name in ("flow", "prior"):
+            part = getattr(self.model, name)
+            if part.width % part.head_dim:
+                raise ValueError(
+                    f"model.{name}.width={part.width} must be a multiple of head_dim={part.head_dim}"
+                )
+        return self
+
+    def build(self, class_names: list[str]) -> Farmer:
+        """Return a new model for these classes."""
+        length = (self.data.image_size // self.model.patch_size) ** 2
+        dim = self.data.channels * self.model.patch_size**2
+        flow, prior, noise = self.model.flow, self.model.prior, self.training.noise
+        return Farmer(
+            AutoregressiveFlow(
+                dim,
+                length,
+                classes=len(class_names) if flow.conditional else 0,
+                **flow.model_dump(exclude={"conditional"}),
+            ),
+            LatentPrior(
+                dim,
+                length,
+                classes=len(class_names),
+                informative_dim=prior.informative_dim or dim,
+                **prior.model_dump(exclude={"informative_dim"}),
+            ),
+            image_size=self.data.image_size,
+            channels=self.data.channels,
+            patch_size=self.model.patch_size,
+            grey_levels=self.data.grey_levels,
+            class_names=class_names,
+            noise=list(TrainingNoise(noise.kind, noise.start, noise.end)),
+            final_permute=self.model.final_permute,
+        )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configurations that come with the package, by name."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parents[1] / "configs"):  # installed; in a checkout
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    raise FileNotFoundError(f"no configurations beside {here}: the installation is incomplete")
+
+
+def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read and validate a configuration.
+
+    Args:
+        name: of a shipped configuration, or the path of a YAML file.
+        overrides: ``section.key=value`` each, the value in YAML.
+
+    Raises:
+        ConfigError: naming the key, what is wrong with it, the nearest valid key, and the file.
+    """
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        shipped = shipped_configs()
+        if str(name) not in shipped:
+            raise ConfigError(f"no configuration {str(name)!r}{_nearest(str(name), list(shipped))}")
+        path = shipped[str(name)]
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold the sections {', '.join(Config.model_fields)}")
+    where = str(path)
+    for override in overrides or []:
+        _apply(content, override)
+        where = f"{path} and the command line"
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in the content of a file."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"an override is written section.key=value, got {override!r}")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section, in the override {override!r}")
+        content = inner
+    try:
+        content[last] = _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of the override {override!r} is not valid YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """Read 1e-4 as a number, which YAML 1.1 takes for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _explain(error: Any, where: str) -> str:
+    """Put one of pydantic's errors in a sentence."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {key!r} in {where}{_nearest(str(error['loc'][-1]), list(section.model_fields))}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing in {where}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{message}, in {where}"
+    return f"{key} = {error['input']!r} in {where}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"; did you mean {close[0]!r}?" if close else ";") + f" Known: {', '.join(known)}"

@@ -1,0 +1,69 @@
+"""``farmer likelihood``: exact likelihoods of images, a CSV row each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from farmer_examples.model import Farmer
+from farmer_examples.storage import published
+
+__all__ = ["save_likelihoods"]
+
+COLUMNS = ["image", "class", "nats_per_dim", "bits_per_dim", "bits_per_dim_error", "log_prior", "logdet"]
+
+
+def save_likelihoods(
+    model: Farmer,
+    names: Sequence[str],
+    images: torch.utils.data.Dataset[Tensor],
+    labels: Tensor,
+    output: Path,
+    *,
+    draws: int = 8,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Tensor:
+    """Score images and write a CSV row each, averaged over draws of the dequantisation noise.
+
+    ``nats_per_dim`` is the negative log-density in [-1, 1], ``bits_per_dim`` that of the discrete image with its
+    standard error over the draws, ``log_prior`` and ``logdet`` the two terms of the log-density in nats.
+
+    Args:
+        model: on any device.
+        names: of the images, for the first column.
+        images: the same number of uint8 ``(channels, size, size)`` tensors.
+        labels: ``(count,)``, negative for no class.
+        output: the CSV.
+        draws: of the noise.
+        batch_size: images scored at once.
+        seed: of the noise.
+
+    Returns:
+        The bits per dimension, ``(count,)``.
+    """
+    generator = Generator(model.device).manual_seed(seed)
+    loader = torch.utils.data.DataLoader(images, batch_size=batch_size)
+    position, scored = 0, []
+    with published(output) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for batch in tqdm(loader, unit="batch", disable=len(loader) < 2):
+            part = labels[position : position + len(batch)]
+            scores = model.bits_per_dim(
+                batch.to(model.device), part.to(model.device), draws=draws, generator=generator
+            )
+            nats = -scores.density.log_prob / model.dimensions
+            columns = [nats, scores.mean, scores.standard_error, *scores.density]
+            for row, figures in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+                label = int(part[row])
+                name = model.class_names[label] if label >= 0 else "none"
+                writer.writerow([names[position + row], name, *(f"{figure:.6f}" for figure in figures)])
+            position += len(batch)
+            scored.append(scores.mean.cpu())
+    return torch.cat(scored)

@@ -1,0 +1,49 @@
+"""Pictures of samples and of the course of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from torch import Tensor
+
+from farmer_examples.storage import published
+from farmer_examples.torchvision_operators import torchvision
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the choice of a backend without a screen
+
+__all__ = ["grid", "save_curves", "save_image"]
+
+
+def grid(images: Tensor, columns: int, *, scale: int = 1) -> Tensor:
+    """Lay uint8 ``(batch, channels, height, width)`` images out in rows, each pixel a square of ``scale``."""
+    magnified = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    laid_out: Tensor = torchvision.utils.make_grid(magnified, nrow=columns, padding=2, pad_value=128)
+    return laid_out
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write one uint8 ``(channels, height, width)`` image as PNG."""
+    with published(path) as partial:
+        torchvision.transforms.v2.functional.to_pil_image(image).save(partial)
+
+
+def save_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw the training and held-out curves of the entries ``step``, ``train``, ``held_out``, ``train_unit``."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    steps = [entry["step"] for entry in history]
+    axes.plot(steps, [entry["held_out"] for entry in history], "o-", label="held out, averaged weights")
+    trained = [entry for entry in history if entry["train"] is not None]
+    if trained and trained[0]["train_unit"] == "bits/dim":
+        axes.plot([e["step"] for e in trained], [e["train"] for e in trained], "--", label="training")
+    lowest = min(history, key=lambda entry: entry["held_out"])
+    axes.axhline(lowest["held_out"], color="grey", linewidth=0.7)
+    axes.set(
+        xlabel="step", ylabel="bits per dimension", title=f"best held out: {lowest['held_out']:.3f} bits/dim"
+    )
+    axes.legend()
+    with published(path) as partial:
+        figure.savefig(partial, dpi=120)
+    pyplot.close(figure)

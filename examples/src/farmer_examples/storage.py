@@ -1,0 +1,107 @@
+"""What a run keeps on disk. Everything appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Checkpoint", "checkpoints", "find_model", "prune", "published"]
+
+METRICS = "metrics.json"
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file or folder under, which then takes the place of ``path`` in one rename.
+
+    Whatever stops the writing, also SIGKILL, leaves ``path`` as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the suffix stays last, because writers choose the format by it
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced by a rename
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+class Checkpoint:
+    """A folder ``step-XXXXXXXX``: ``model/``, the averaged weights; ``state/``, to resume from; the metrics."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = int(path.name.rpartition("-")[2])
+        self.model, self.state = path / "model", path / "state"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The figures at this step; ``held_out`` is in bits per dimension."""
+        metrics: dict[str, Any] = json.loads((self.path / METRICS).read_text())
+        return metrics
+
+    @staticmethod
+    @contextmanager
+    def publish(run: Path, step: int, metrics: dict[str, Any]) -> Iterator[Checkpoint]:
+        """Yield a checkpoint to fill, which joins the run when it is complete."""
+        with published(run / "checkpoints" / f"step-{step:08d}") as partial:
+            partial.mkdir()
+            yield Checkpoint(partial)
+            (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def checkpoints(run: Path) -> list[Checkpoint]:
+    """Return a run's complete checkpoints, oldest first."""
+    return [
+        Checkpoint(path)
+        for path in sorted((run / "checkpoints").glob("step-*"))
+        if (path / METRICS).is_file()
+    ]
+
+
+def best(run: Path) -> Checkpoint | None:
+    """Return the checkpoint with the lowest held-out bits per dimension."""
+    return min(checkpoints(run), key=lambda checkpoint: checkpoint.metrics["held_out"], default=None)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Point ``best`` at the best checkpoint's model, and delete all but it and the ``keep`` newest."""
+    winner = best(run)
+    if winner is None:
+        return
+    with published(run / "best") as link:
+        link.symlink_to(winner.model.relative_to(run), target_is_directory=True)
+    for old in checkpoints(run)[:-keep]:
+        if old.path != winner.path:
+            shutil.rmtree(old.path)
+    for partial in (run / "checkpoints").glob(".partial-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(partial)
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the folder of the model that a path stands for: a run's best, or a saved model itself.
+
+    Raises:
+        FileNotFoundError: if there is none, saying what was looked for.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    winner = best(path) if path.is_dir() else None
+    if winner is None:
+        raise FileNotFoundError(
+            f"{path} is neither a run with a checkpoint nor a saved model (a folder with config.json)"
+            if path.exists()
+            else f"there is no folder {path}"
+        )
+    return winner.model

@@ -1,0 +1,362 @@
+"""Training by exact maximum likelihood (paper, Eq. 13 and 14), with Accelerate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from farmer_flow import Transformer
+from torch import Generator, Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from farmer_examples.config import Config, ConfigError, load_config
+from farmer_examples.data import ImageData, load_images
+from farmer_examples.evaluation import evaluate
+from farmer_examples.model import Farmer
+from farmer_examples.pictures import grid, save_curves, save_image
+from farmer_examples.storage import Checkpoint, checkpoints, prune, published
+
+__all__ = ["TrainingError", "train"]
+
+CONFIG = "config.yaml"
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on; the message says why, and what is left."""
+
+
+@dataclass
+class Course:
+    """How far a training has come. Saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that have been trained on."""
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry an evaluation."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Accelerate is to save."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what Accelerate has loaded."""
+        self.__dict__.update(state)
+
+
+def train(config: Config, run: Path, *, resume: bool = False) -> Course:
+    """Train a model and keep it in the folder ``run``.
+
+    Args:
+        config: see :class:`~farmer_examples.config.Config`.
+        run: gets ``config.yaml``, ``checkpoints/``, ``best``, ``samples/``, ``curves.png`` and TensorBoard's ``logs/``.
+        resume: go on from the newest checkpoint in ``run``, if there is one.
+
+    Raises:
+        TrainingError: if the loss is not finite, or ``run`` holds another training.
+        DataError: if the images cannot be read.
+    """
+    return Trainer(config, run, resume=resume).train()
+
+
+def resumed_config(run: Path, overrides: list[str]) -> Config:
+    """Return the configuration that a run was started with, changed by ``overrides``."""
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} has no {CONFIG} to resume with; name one with --config")
+    return load_config(run / CONFIG, overrides)
+
+
+class Trainer:
+    """One training: the model, its average, the optimiser, the images and the course so far."""
+
+    def __init__(self, config: Config, run: Path, *, resume: bool) -> None:
+        settings = config.training
+        if not resume and checkpoints(run):
+            raise TrainingError(
+                f"{run} already holds a training: go on with --resume, or choose another --output"
+            )
+        self.config, self.run = config, run
+        self.accelerator = Accelerator(
+            mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+            gradient_accumulation_steps=settings.accumulation,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+            log_with="tensorboard",
+            project_dir=run,
+            step_scheduler_with_optimizer=False,
+        )
+        set_seed(settings.seed)
+        with self.accelerator.main_process_first():
+            self.data, self.held_out = (self._load(split) for split in ("train", "test"))
+        self._check_batch()
+        model = config.build(list(self.data.class_names))
+        self.course = Course()
+        self.ema = AveragedModel(
+            model, device=self.accelerator.device, multi_avg_fn=_warmed_up_average(settings.ema_decay)
+        )
+        if settings.compile:
+            for module in model.modules():
+                if isinstance(module, Transformer):
+                    for layer in module.layers:
+                        layer.compile()
+        loader = DataLoader(
+            self.data,
+            batch_size=settings.batch_size // settings.accumulation,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=self.data.collate,
+            num_workers=settings.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        matrices = [p for p in model.parameters() if p.ndim >= 2]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.accelerator.register_for_checkpointing(self.course, self.ema)
+        self.generator = Generator(self.accelerator.device)
+        self._resume(resume)
+
+    def train(self) -> Course:
+        """Run to the end of the schedule."""
+        settings, course, accelerator = self.config.training, self.course, self.accelerator
+        accelerator.init_trackers("logs")
+        bar = tqdm(
+            total=settings.steps,
+            initial=course.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        )
+        if course.step == 0:
+            self._evaluate(bar, train=None)
+        started = time.perf_counter() - course.seconds
+        losses: list[float] = []
+        for epoch in itertools.count(course.epoch):
+            course.epoch = epoch
+            self.loader.set_epoch(epoch)
+            batches = (
+                accelerator.skip_first_batches(self.loader, course.batch) if course.batch else self.loader
+            )
+            for images, labels in batches:
+                progress = self._progress(time.perf_counter() - started)
+                loss, figures = self._step(images, labels, progress)
+                course.batch += 1
+                losses.append(loss)
+                if not accelerator.sync_gradients:
+                    continue
+                course.step += 1
+                course.seconds = time.perf_counter() - started
+                self._show(bar, loss, figures, progress)
+                done = course.step >= settings.steps or self._progress(course.seconds) >= 1
+                if done or course.step % settings.evaluate_every == 0:
+                    pause = time.perf_counter()
+                    self._evaluate(bar, train=sum(losses) / len(losses))
+                    self._save()
+                    losses.clear()
+                    started += time.perf_counter() - pause  # the schedule counts the training alone
+                if done:
+                    bar.close()
+                    accelerator.end_training()
+                    return course
+            course.batch = 0
+        raise AssertionError("unreachable")
+
+    def _step(self, images: Tensor, labels: Tensor, progress: float) -> tuple[float, dict[str, float]]:
+        settings, accelerator, course = self.config.training, self.accelerator, self.course
+        model: Farmer = accelerator.unwrap_model(self.model)
+        # reseeded at every batch, so that a resumed training sees the same noise
+        generator = self.generator.manual_seed(
+            hash((settings.seed, course.epoch, course.batch, accelerator.process_index)) % 2**63
+        )
+        if self.config.data.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
+            images = torch.where(mirrored, images.flip(-1), images)
+        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(progress)
+        with accelerator.accumulate(self.model):
+            density = self.model(
+                model.noised(images, progress, generator=generator), labels.masked_fill(dropped, -1)
+            )
+            loss = -density.log_prob.mean() / model.dimensions
+            value = loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(self._diverged(value))
+            accelerator.backward(loss)
+            figures = {"loss": value, "logdet": density.logdet.mean().item() / model.dimensions}
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+                figures["grad_norm"] = float(norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                self.ema.update_parameters(model)
+        return value, figures
+
+    def _progress(self, seconds: float) -> float:
+        """Return the share of the schedule that is done, the same on every process."""
+        settings = self.config.training
+        progress = self.course.step / settings.steps
+        if settings.minutes is not None:
+            progress = max(progress, seconds / (60 * settings.minutes))
+            if self.accelerator.num_processes > 1:
+                progress = broadcast_object_list([progress])[0]
+        return min(1.0, progress)
+
+    def _lr(self, progress: float) -> float:
+        """Linear warm-up, then a cosine from ``lr`` to ``final_lr``."""
+        settings = self.config.training
+        warmup = min(1.0, (self.course.step + 1) / max(1, settings.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return warmup * (settings.final_lr + (settings.lr - settings.final_lr) * cosine)
+
+    def _evaluate(self, bar: tqdm[Any], train: float | None) -> None:
+        """Score the held-out images, draw samples, and enter both in the course and the logs."""
+        if not self.accelerator.is_main_process:
+            return
+        settings, course = self.config.training, self.course
+        model: Farmer = self.ema.module
+        model.eval()
+        with self.accelerator.autocast():
+            scores = evaluate(
+                model,
+                self.held_out,
+                batch_size=settings.batch_size,
+                limit=settings.evaluation_images,
+                draws=settings.evaluation_draws,
+                seed=settings.seed,
+            )
+        unit = "bits/dim" if model.noise.kind == "uniform" else "nats/dim at the training noise"
+        if train is not None and unit == "bits/dim":
+            train = self._bits(train)
+        entry = {"step": course.step, "train": train, "train_unit": unit, "seconds": course.seconds, **scores}
+        course.history.append(entry)
+        bar.write(
+            f"step {course.step}: held out {scores['held_out']:.4f} bits/dim "
+            f"(± {scores['held_out_error']:.4f} over {scores['images']} images)"
+        )
+        self.accelerator.log({"held out/bits per dim": scores["held_out"]}, step=course.step)
+        save_curves(course.history, self.run / "curves.png")
+        if settings.samples:
+            self._draw()
+
+    def _draw(self) -> None:
+        settings, step = self.config.training, self.course.step
+        model: Farmer = self.ema.module
+        classes = max(1, len(model.class_names))
+        columns = min(classes, 10) if classes > 1 else 8
+        labels = torch.arange(settings.samples // columns * columns) % classes - (
+            0 if model.class_names else 1
+        )
+        generator = Generator(model.device).manual_seed(settings.seed)
+        images = model.sample(labels.to(model.device), generator=generator)
+        if not images.isfinite().all():
+            return  # an untrained or broken model; the loss tells
+        picture = grid(model.to_uint8(images).cpu(), columns, scale=max(1, 64 // model.image_size))
+        save_image(picture, self.run / "samples" / f"step-{step:08d}.png")
+        self.accelerator.get_tracker("tensorboard").log_images(
+            {"samples": picture[None].numpy()}, step=step, dataformats="NCHW"
+        )
+
+    def _save(self) -> None:
+        accelerator, course = self.accelerator, self.course
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with Checkpoint.publish(self.run, course.step, course.history[-1]) as checkpoint:
+                accelerator.save_state(str(checkpoint.state))
+                self.ema.module.save_pretrained(checkpoint.model)
+            prune(self.run, self.config.training.keep)
+        accelerator.wait_for_everyone()
+
+    def _resume(self, resume: bool) -> None:
+        saved = checkpoints(self.run) if resume else []
+        if saved:
+            self.accelerator.load_state(str(saved[-1].state))
+            self.accelerator.print(f"resuming from {saved[-1].path}")
+        if self.accelerator.is_main_process:
+            with published(self.run / CONFIG) as partial:
+                partial.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+
+    def _show(self, bar: tqdm[Any], loss: float, figures: dict[str, float], progress: float) -> None:
+        settings, course = self.config.training, self.course
+        images = settings.batch_size * self.accelerator.num_processes
+        if settings.minutes is not None and course.step % 20 == 0:
+            bar.total = min(settings.steps, round(course.step * settings.minutes * 60 / course.seconds))
+        model: Farmer = self.ema.module
+        uniform = model.noise.kind == "uniform"
+        bar.set_postfix(
+            {
+                "bits/dim" if uniform else "nats/dim": f"{self._bits(loss) if uniform else loss:.3f}",
+                "log-det/dim": f"{figures['logdet']:.2f}",
+                "images/s": f"{images * course.step / course.seconds:.0f}",
+            },
+            refresh=False,
+        )
+        bar.update()
+        if course.step % 20 == 0:
+            shown = {f"train/{name}": value for name, value in figures.items()}
+            self.accelerator.log({**shown, "train/lr": self._lr(progress)}, step=course.step)
+
+    def _bits(self, nats: float) -> float:
+        """Turn the loss under uniform dequantisation, in nats a dimension, into bits a dimension."""
+        return (nats - math.log(2 / self.config.data.grey_levels)) / math.log(2)
+
+    def _diverged(self, loss: float) -> str:
+        saved = checkpoints(self.run)
+        left = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
+        return (
+            f"the loss became {loss} at step {self.course.step + 1}; {left}. "
+            "Nothing was written over. A lower training.lr or training.max_grad_norm, or fp32, may help"
+        )
+
+    def _load(self, split: Any) -> ImageData:
+        data = self.config.data
+        return load_images(
+            data.source,
+            split=split,
+            image_size=data.image_size,
+            channels=data.channels,
+            class_names=data.class_names,
+            test_source=data.test_source,
+            held_out=data.held_out,
+            on_corrupt=data.on_corrupt,
+            limit=data.limit,
+        )
+
+    def _check_batch(self) -> None:
+        settings = self.config.training
+        needed = settings.batch_size * self.accelerator.num_processes
+        if len(self.data) < needed:
+            raise ConfigError(
+                f"training.batch_size={settings.batch_size} on {self.accelerator.num_processes} processes takes "
+                f"{needed} images a step, but there are {len(self.data)}"
+            )
+
+
+def _warmed_up_average(decay: float) -> Any:
+    """Return an exponential moving average that at first follows closely: decay ``(1 + n) / (10 + n)`` at most."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], parameters: list[Tensor], updates: Tensor | int) -> None:
+        n = int(updates)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(averages), list(parameters), weight)
+
+    return update
