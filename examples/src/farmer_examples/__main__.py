@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = _command(commands, "train", _train, "train a model, or go on with a training")
-    command.add_argument(
-        "--config", metavar="NAME", help=f"a YAML file, or one of: {', '.join(shipped_configs())}"
-    )
+    command.add_argument("--config", metavar="NAME", help=f"a YAML file, or one of: {', '.join(shipped_configs())}")
     command.add_argument("--output", type=Path, metavar="RUN", help="folder of the run (runs/NAME)")
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
@@ -77,15 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--draws", type=_positive, default=8, help="of the dequantisation noise (8)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    command.add_argument(
-        "--output", type=Path, default=Path("likelihood.csv"), help="the CSV (likelihood.csv)"
-    )
+    command.add_argument("--output", type=Path, default=Path("likelihood.csv"), help="the CSV (likelihood.csv)")
     command.add_argument("--batch-size", type=_positive, default=64, help="images scored at once (64)")
 
     command = _command(commands, "demo", _demo, "train on small digits and show the results, in minutes")
-    command.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder of the run (runs/demo)"
-    )
+    command.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (runs/demo)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     return parser
 
@@ -119,9 +113,7 @@ def _train(options: argparse.Namespace) -> None:
     elif options.resume and options.output is not None:
         config = resumed_config(options.output, options.overrides)
     else:
-        raise ConfigError(
-            "name a configuration with --config, or a run to go on with by --output RUN --resume"
-        )
+        raise ConfigError("name a configuration with --config, or a run to go on with by --output RUN --resume")
     run = options.output or Path("runs") / Path(options.config).stem
     train(config, run, resume=options.resume)
     print(f"the best model is {find_model(run)}")

@@ -107,8 +107,6 @@ class Training(Section):
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     noise: Noise = Noise()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    compile: bool = False
-    """Compile the Transformer layers; worth its minute or so in long runs."""
     workers: int = Field(default=0, ge=0)
     """Processes that decode images; needed only for data too large to hold in memory."""
     seed: int = 0
@@ -144,18 +142,14 @@ class Config(Section):
                 f"model.patch_size={self.model.patch_size} must divide data.image_size={self.data.image_size}"
             )
         if self.data.image_size == self.model.patch_size:
-            raise ValueError(
-                "model.patch_size must be smaller than data.image_size: one token is no sequence"
-            )
+            raise ValueError("model.patch_size must be smaller than data.image_size: one token is no sequence")
         informative = self.model.prior.informative_dim
         if informative is not None and informative > dim:
             raise ValueError(f"model.prior.informative_dim={informative} exceeds a token's {dim} channels")
         for name in ("flow", "prior"):
             part = getattr(self.model, name)
             if part.width % part.head_dim:
-                raise ValueError(
-                    f"model.{name}.width={part.width} must be a multiple of head_dim={part.head_dim}"
-                )
+                raise ValueError(f"model.{name}.width={part.width} must be a multiple of head_dim={part.head_dim}")
         return self
 
     def build(self, class_names: list[str]) -> Farmer:

@@ -71,9 +71,7 @@ class ImageData(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     (torch.Size([2, 1, 8, 8]), tensor([0, 1]))
     """
 
-    def __init__(
-        self, pixels: Pixels, labels: torch.Tensor, class_names: Sequence[str] = (), skipped: int = 0
-    ) -> None:
+    def __init__(self, pixels: Pixels, labels: torch.Tensor, class_names: Sequence[str] = (), skipped: int = 0) -> None:
         self.pixels = pixels
         self.labels = labels
         self.class_names = tuple(class_names)
@@ -304,9 +302,7 @@ def _decode(
     return ImageData(in_memory[sound] if skipped else in_memory, labels, class_names, skipped)
 
 
-def _decode_all(
-    undecoded: _Undecoded, out: torch.Tensor | None, on_corrupt: Literal["raise", "skip"]
-) -> torch.Tensor:
+def _decode_all(undecoded: _Undecoded, out: torch.Tensor | None, on_corrupt: Literal["raise", "skip"]) -> torch.Tensor:
     """Decode every image, into `out` where given, and return the positions `(sound,)` of the sound ones."""
 
     def decode(positions: torch.Tensor) -> torch.Tensor:
@@ -478,9 +474,7 @@ def _read_idx(path: Path, dimensions: int) -> torch.Tensor:
         raise DataError(f"{path}: expected a sound file, got {type(error).__name__}: {error}") from error
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-        raise DataError(
-            f"{path}: expected an IDX file of {dimensions}-dimensional uint8, got {content[:start]!r}"
-        )
+        raise DataError(f"{path}: expected an IDX file of {dimensions}-dimensional uint8, got {content[:start]!r}")
     shape = tuple(int(size) for size in np.frombuffer(content[4:start], dtype=">u4"))
     if len(content) - start != math.prod(shape):
         raise DataError(f"{path}: expected {math.prod(shape)} bytes for {shape}, got {len(content) - start}")
@@ -520,14 +514,8 @@ def _open_classes(folder: Path) -> _Split:
     classes = _subfolders(folder)
     loose = [path for path in images if path.parent == folder]
     if not images:
-        hint = (
-            f"; name its parquet files with a glob, {folder}/*.parquet"
-            if any(folder.glob("*.parquet"))
-            else ""
-        )
-        raise DataError(
-            f"{folder}: expected images, or a subfolder of images for each class, found none{hint}"
-        )
+        hint = f"; name its parquet files with a glob, {folder}/*.parquet" if any(folder.glob("*.parquet")) else ""
+        raise DataError(f"{folder}: expected images, or a subfolder of images for each class, found none{hint}")
     if classes and loose:
         raise DataError(
             f"{folder}: expected all images in subfolders, one a class, or none, found {loose[0]} beside them"
@@ -536,9 +524,7 @@ def _open_classes(folder: Path) -> _Split:
     if empty := [] if loose else sorted(set(classes) - set(of_image)):
         raise DataError(f"{folder / empty[0]}: expected images in the folder of a class, found none")
     if loose and any(folder.glob("metadata.*")):
-        rows = _load(
-            str(folder), "imagefolder", data_files={"train": glob.escape(str(folder)) + "/**"}, split="train"
-        )
+        rows = _load(str(folder), "imagefolder", data_files={"train": glob.escape(str(folder)) + "/**"}, split="train")
         if len(rows) != len(images):
             raise DataError(f"{folder}: expected metadata for {len(images)} images, found {len(rows)} rows")
         return replace(_split_of(rows, str(folder)), strays=tuple(strays))
@@ -569,9 +555,7 @@ def _walk(folder: Path, recursive: bool = True) -> tuple[list[Path], list[Path]]
 def _open_parquet(pattern: str) -> _Split:
     files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
     if not files:
-        raise DataError(
-            f"data.source {pattern!r}: expected parquet files, found none{_nearest(Path(pattern))}"
-        )
+        raise DataError(f"data.source {pattern!r}: expected parquet files, found none{_nearest(Path(pattern))}")
     for file in files:  # datasets would not say which of them is broken
         try:
             pyarrow.parquet.read_schema(file)
@@ -598,13 +582,9 @@ def _load(source: str, *args: Any, **options: Any) -> Any:
     with _quiet_datasets():
         try:
             return datasets.load_dataset(*args, **options)
-        except (
-            Exception
-        ) as error:  # datasets, the hub and Arrow raise errors of their own without a common base
+        except Exception as error:  # datasets, the hub and Arrow raise errors of their own without a common base
             cause = error.__cause__ or error
-            raise DataError(
-                f"data.source {source!r} cannot be loaded: {type(cause).__name__}: {cause}"
-            ) from error
+            raise DataError(f"data.source {source!r} cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 @contextmanager
@@ -633,9 +613,7 @@ def _split_of(rows: datasets.Dataset, origin: str) -> _Split:
     images = images or [name for name, feature in features.items() if encodes_images(feature)]
     image = _only(images, ("image", "img"), origin)
     if image is None or len(rows) == 0:
-        raise DataError(
-            f"{origin}: expected rows with a column of images, got {len(rows)} rows of {features}"
-        )
+        raise DataError(f"{origin}: expected rows with a column of images, got {len(rows)} rows of {features}")
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     common = ("label", "labels", "class", "target", "fine_label")
     label = _only(labels or [name for name in common if name in features], common, origin)
@@ -651,14 +629,10 @@ def _only(found: Sequence[str], preferred: Sequence[str], origin: str) -> str | 
     for name in preferred:
         if name in found:
             return name
-    raise DataError(
-        f"{origin}: expected one column, or one named {' or '.join(preferred)}, got {', '.join(found)}"
-    )
+    raise DataError(f"{origin}: expected one column, or one named {' or '.join(preferred)}, got {', '.join(found)}")
 
 
-def _labels_in(
-    rows: datasets.Dataset, column: str | None, origin: str
-) -> tuple[torch.Tensor, tuple[str, ...] | None]:
+def _labels_in(rows: datasets.Dataset, column: str | None, origin: str) -> tuple[torch.Tensor, tuple[str, ...] | None]:
     """Return labels int64 `(n,)`, -1 for a null, and class names: None where labels are only numbers."""
     if column is None:
         return torch.full((len(rows),), -1), ()
@@ -668,11 +642,7 @@ def _labels_in(
         names = tuple(sorted({value for value in values if value is not None}))
         number: Callable[[Any], int] = {name: label for label, name in enumerate(names)}.__getitem__
         return torch.tensor([-1 if value is None else number(value) for value in values]), names
-    if not isinstance(feature, datasets.ClassLabel) and not re.match(
-        "bool|u?int", getattr(feature, "dtype", "")
-    ):
-        raise DataError(
-            f"{origin}: expected class labels, integers or strings in column {column!r}, got {feature}"
-        )
+    if not isinstance(feature, datasets.ClassLabel) and not re.match("bool|u?int", getattr(feature, "dtype", "")):
+        raise DataError(f"{origin}: expected class labels, integers or strings in column {column!r}, got {feature}")
     numbers = torch.tensor([-1 if value is None else int(value) for value in values])
     return numbers, tuple(feature.names) if getattr(feature, "names", None) else None

@@ -28,9 +28,7 @@ def demo(output: Path, overrides: list[str] | None = None) -> None:
     """
     course = train(load_config("digits", overrides), output)
     model = Farmer.from_pretrained(find_model(output)).eval()
-    real, held_out = (
-        load_images("digits", split=split, image_size=8, channels=1) for split in ("train", "test")
-    )
+    real, held_out = (load_images("digits", split=split, image_size=8, channels=1) for split in ("train", "test"))
 
     labels = torch.arange(500) % len(model.class_names)
     samples, _ = draw(model, labels, seed=0, batch_size=250)

@@ -43,9 +43,7 @@ def evaluate(
     generator = Generator(model.device).manual_seed(seed)
     bits, log_prior, logdet = [], [], []
     for images, labels in DataLoader(subset, batch_size=batch_size, collate_fn=data.collate):
-        scores = model.bits_per_dim(
-            images.to(model.device), labels.to(model.device), draws=draws, generator=generator
-        )
+        scores = model.bits_per_dim(images.to(model.device), labels.to(model.device), draws=draws, generator=generator)
         bits.append(scores.mean.cpu())
         log_prior.append(scores.density.log_prior.cpu())
         logdet.append(scores.density.logdet.cpu())

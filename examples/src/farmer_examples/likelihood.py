@@ -55,9 +55,7 @@ def save_likelihoods(
         writer.writerow(COLUMNS)
         for batch in tqdm(loader, unit="batch", disable=len(loader) < 2):
             part = labels[position : position + len(batch)]
-            scores = model.bits_per_dim(
-                batch.to(model.device), part.to(model.device), draws=draws, generator=generator
-            )
+            scores = model.bits_per_dim(batch.to(model.device), part.to(model.device), draws=draws, generator=generator)
             nats = -scores.density.log_prob / model.dimensions
             columns = [nats, scores.mean, scores.standard_error, *scores.density]
             for row, figures in enumerate(zip(*(c.tolist() for c in columns), strict=True)):

@@ -144,9 +144,7 @@ class Farmer(
     ) -> None:
         super().__init__()
         if patch_size < 1 or image_size % patch_size:
-            raise ValueError(
-                f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
-            )
+            raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}")
         length, dim = (image_size // patch_size) ** 2, channels * patch_size**2
         for name, part in [("flow", flow), ("prior", prior)]:
             if (part.length, part.dim) != (length, dim):
@@ -231,9 +229,7 @@ class Farmer(
         log_prior, logdet = (torch.stack(terms) for terms in zip(*densities, strict=True))
         discrete = log_prior + logdet + self.dimensions * math.log(2 / self.grey_levels)
         bits = -discrete / (self.dimensions * math.log(2))
-        return BitsPerDim(
-            bits.mean(0), bits.std(0) / math.sqrt(draws), Density(log_prior.mean(0), logdet.mean(0))
-        )
+        return BitsPerDim(bits.mean(0), bits.std(0) / math.sqrt(draws), Density(log_prior.mean(0), logdet.mean(0)))
 
     def quantise(self, images: Tensor) -> Tensor:
         """Return the grey levels of images, int64 in ``0..L-1``, shaped as they are.
@@ -247,9 +243,7 @@ class Farmer(
         if not images.is_floating_point():
             raise ValueError(f"images must be uint8 or floats in [-1, 1], got {images.dtype}")
         if images.numel() and not (images.abs() <= 1).all():
-            raise ValueError(
-                f"float images must be finite and in [-1, 1], got {images.min():g}..{images.max():g}"
-            )
+            raise ValueError(f"float images must be finite and in [-1, 1], got {images.min():g}..{images.max():g}")
         return ((images.double() + 1) / 2 * self.grey_levels).floor().clamp(0, top).long()
 
     def dequantise(self, levels: Tensor, *, generator: Generator | None = None) -> Tensor:
@@ -314,15 +308,11 @@ class Farmer(
         if text.isdecimal() and int(text) < len(self.class_names):
             return int(text)
         known = ", ".join(self.class_names[:20]) + (", ..." if len(self.class_names) > 20 else "")
-        raise UnknownClassError(
-            f"no class {text!r}; known, by name or number: {known or 'no classes at all'}; or none"
-        )
+        raise UnknownClassError(f"no class {text!r}; known, by name or number: {known or 'no classes at all'}; or none")
 
     def _tokens(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
-            raise ValueError(
-                f"images must be (batch, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images must be (batch, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}")
         if not images.is_floating_point():
             images = 2 * (self.quantise(images) + 0.5) / self.grey_levels - 1
         return patchify(images, self.patch_size)

@@ -40,9 +40,7 @@ def save_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.plot([e["step"] for e in trained], [e["train"] for e in trained], "--", label="training")
     lowest = min(history, key=lambda entry: entry["held_out"])
     axes.axhline(lowest["held_out"], color="grey", linewidth=0.7)
-    axes.set(
-        xlabel="step", ylabel="bits per dimension", title=f"best held out: {lowest['held_out']:.3f} bits/dim"
-    )
+    axes.set(xlabel="step", ylabel="bits per dimension", title=f"best held out: {lowest['held_out']:.3f} bits/dim")
     axes.legend()
     with published(path) as partial:
         figure.savefig(partial, dpi=120)

@@ -67,9 +67,7 @@ def save_samples(
     with published(output / "samples.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "class", "log_likelihood", "log_prior", "logdet", "nats_per_dim"])
-        for index, (name, prior, logdet) in enumerate(
-            zip(names, *(t.tolist() for t in density), strict=True)
-        ):
+        for index, (name, prior, logdet) in enumerate(zip(names, *(t.tolist() for t in density), strict=True)):
             total = prior + logdet
             figures = [f"{figure:.4f}" for figure in (total, prior, logdet, -total / model.dimensions)]
             writer.writerow([index, name, *figures])

@@ -62,11 +62,7 @@ class Checkpoint:
 
 def checkpoints(run: Path) -> list[Checkpoint]:
     """Return a run's complete checkpoints, oldest first."""
-    return [
-        Checkpoint(path)
-        for path in sorted((run / "checkpoints").glob("step-*"))
-        if (path / METRICS).is_file()
-    ]
+    return [Checkpoint(path) for path in sorted((run / "checkpoints").glob("step-*")) if (path / METRICS).is_file()]
 
 
 def best(run: Path) -> Checkpoint | None:

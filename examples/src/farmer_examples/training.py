@@ -13,7 +13,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from farmer_flow import Transformer
 from torch import Generator, Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -84,9 +83,7 @@ class Trainer:
     def __init__(self, config: Config, run: Path, *, resume: bool) -> None:
         settings = config.training
         if not resume and checkpoints(run):
-            raise TrainingError(
-                f"{run} already holds a training: go on with --resume, or choose another --output"
-            )
+            raise TrainingError(f"{run} already holds a training: go on with --resume, or choose another --output")
         self.config, self.run = config, run
         self.accelerator = Accelerator(
             mixed_precision="no" if settings.precision == "fp32" else settings.precision,
@@ -99,17 +96,17 @@ class Trainer:
         set_seed(settings.seed)
         with self.accelerator.main_process_first():
             self.data, self.held_out = (self._load(split) for split in ("train", "test"))
+        for name, part in [("training", self.data), ("held-out", self.held_out)]:
+            if part.skipped:
+                self.accelerator.print(
+                    f"skipped {part.skipped} files or rows of the {name} set that are no sound images"
+                )
         self._check_batch()
         model = config.build(list(self.data.class_names))
         self.course = Course()
         self.ema = AveragedModel(
             model, device=self.accelerator.device, multi_avg_fn=_warmed_up_average(settings.ema_decay)
         )
-        if settings.compile:
-            for module in model.modules():
-                if isinstance(module, Transformer):
-                    for layer in module.layers:
-                        layer.compile()
         loader = DataLoader(
             self.data,
             batch_size=settings.batch_size // settings.accumulation,
@@ -151,9 +148,7 @@ class Trainer:
         for epoch in itertools.count(course.epoch):
             course.epoch = epoch
             self.loader.set_epoch(epoch)
-            batches = (
-                accelerator.skip_first_batches(self.loader, course.batch) if course.batch else self.loader
-            )
+            batches = accelerator.skip_first_batches(self.loader, course.batch) if course.batch else self.loader
             for images, labels in batches:
                 progress = self._progress(time.perf_counter() - started)
                 loss, figures = self._step(images, labels, progress)
@@ -192,9 +187,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(progress)
         with accelerator.accumulate(self.model):
-            density = self.model(
-                model.noised(images, progress, generator=generator), labels.masked_fill(dropped, -1)
-            )
+            density = self.model(model.noised(images, progress, generator=generator), labels.masked_fill(dropped, -1))
             loss = -density.log_prob.mean() / model.dimensions
             value = loss.item()
             if not math.isfinite(value):
@@ -262,9 +255,7 @@ class Trainer:
         model: Farmer = self.ema.module
         classes = max(1, len(model.class_names))
         columns = min(classes, 10) if classes > 1 else 8
-        labels = torch.arange(settings.samples // columns * columns) % classes - (
-            0 if model.class_names else 1
-        )
+        labels = torch.arange(settings.samples // columns * columns) % classes - (0 if model.class_names else 1)
         generator = Generator(model.device).manual_seed(settings.seed)
         images = model.sample(labels.to(model.device), generator=generator)
         if not images.isfinite().all():
