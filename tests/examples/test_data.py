@@ -173,9 +173,7 @@ def test_digits_span_all_levels_and_split_as_scikit_learn_does() -> None:
     assert sorted(contents(train) + contents(test)) == sorted(image.tobytes() for image in levels)
 
 
-def write_idx(
-    folder: Path, prefix: str, count: int, *, zipped: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def write_idx(folder: Path, prefix: str, count: int, *, zipped: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Write the images and labels of one split as IDX, and return them."""
     folder.mkdir(parents=True, exist_ok=True)
     images = noise(len(prefix), count, SIZE, SIZE)
@@ -314,9 +312,7 @@ def test_labels_may_be_strings_or_null(tmp_path: Path) -> None:
 
 
 def test_a_test_source_gives_the_test_split(tmp_path: Path) -> None:
-    train, test = (
-        write_parquet(tmp_path / f"{name}.parquet", 6, first=n) for name, n in (("a", 0), ("b", 9))
-    )
+    train, test = (write_parquet(tmp_path / f"{name}.parquet", 6, first=n) for name, n in (("a", 0), ("b", 9)))
     options = {"test_source": str(test)}
     assert contents(load(train, **options)) == contents(load(train, held_out=0))
     assert contents(load(train, "test", **options)) == contents(load(test, held_out=0))
@@ -375,18 +371,14 @@ def test_orientation_tags_are_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 32), (32, 96), (5, 9)])
-def test_the_centre_is_cropped_at_the_scale_of_the_shorter_side(
-    tmp_path: Path, height: int, width: int
-) -> None:
+def test_the_centre_is_cropped_at_the_scale_of_the_shorter_side(tmp_path: Path, height: int, width: int) -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, max(height, width)), (min(height, width), max(height, width)))
     image = PIL.Image.fromarray((ramp if width > height else ramp.T).astype(np.uint8))
     image.save(tmp_path / "ramp.png")
     pixels = read_image(tmp_path / "ramp.png", 16, 1).float()
     assert pixels.shape == (1, 16, 16)
     along = pixels.mean(1 if width > height else 2)[0]
-    step = (
-        min(height, width) / 16 / (max(height, width) - 1)
-    )  # of the ramp's range, for each pixel of the result
+    step = min(height, width) / 16 / (max(height, width) - 1)  # of the ramp's range, for each pixel of the result
     assert abs(along.mean() - 127.5) < 2
     assert abs((along[-1] - along[0]) / 255 - 15 * step) < 0.03
 
@@ -553,9 +545,7 @@ def test_a_source_is_read_and_never_written(source: str, capfd: pytest.CaptureFi
 
 
 def test_the_hub_is_asked_for_what_looks_like_an_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    parts = {
-        name: write_parquet(tmp_path / f"{name}.parquet", n) for name, n in (("train", 6), ("validation", 4))
-    }
+    parts = {name: write_parquet(tmp_path / f"{name}.parquet", n) for name, n in (("train", 6), ("validation", 4))}
     local = datasets.load_dataset("parquet", data_files={name: str(path) for name, path in parts.items()})
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or local)

@@ -50,12 +50,7 @@ class DiagonalMixture(Distribution):
     has_rsample = False
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
-        if (
-            logits.ndim < 1
-            or loc.ndim < 2
-            or loc.shape[-2:] != scale.shape[-2:]
-            or loc.shape[-2] != logits.shape[-1]
-        ):
+        if logits.ndim < 1 or loc.ndim < 2 or loc.shape[-2:] != scale.shape[-2:] or loc.shape[-2] != logits.shape[-1]:
             raise ValueError(
                 "logits must be (*batch, K), loc and scale (*batch, K, dim), got "
                 f"{tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(scale.shape)}"
@@ -71,7 +66,7 @@ class DiagonalMixture(Distribution):
         return Categorical(logits=self.logits, validate_args=False)
 
     @property
-    def component_distribution(self) -> Independent:
+    def component_distribution(self) -> Independent[Normal]:
         """The components, batch ``(*batch, K)`` and event ``(dim,)``."""
         return Independent(Normal(self.loc, self.scale, validate_args=False), 1, validate_args=False)
 
@@ -171,11 +166,7 @@ def _log_normal_of_shared(values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     centre = loc.mean(-2, keepdim=True)
     x, mu = (values - centre).double(), (loc - centre).double()
     precision = scale.double().pow(-2)
-    squares = (
-        x.square() @ precision.mT
-        - 2 * x @ (precision * mu).mT
-        + (precision * mu.square()).sum(-1).unsqueeze(-2)
-    )
+    squares = x.square() @ precision.mT - 2 * x @ (precision * mu).mT + (precision * mu.square()).sum(-1).unsqueeze(-2)
     log_scale = scale.double().log().sum(-1).unsqueeze(-2)
     joint = -0.5 * squares - log_scale - 0.5 * math.log(2 * math.pi) * loc.shape[-1]
     return joint.to(torch.promote_types(values.dtype, loc.dtype))

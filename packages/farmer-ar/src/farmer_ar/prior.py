@@ -147,9 +147,7 @@ class LatentPrior(nn.Module):
             ValueError: if the latents or the labels have the wrong shape, or a label is out of range.
         """
         if z.ndim != 3 or z.shape[1:] != (self.length, self.dim):
-            raise ValueError(
-                f"latents must be (batch, length={self.length}, dim={self.dim}), got {tuple(z.shape)}"
-            )
+            raise ValueError(f"latents must be (batch, length={self.length}, dim={self.dim}), got {tuple(z.shape)}")
         informative, redundant = z.split([self.informative_dim, self.dim - self.informative_dim], dim=-1)
         tokens = self.embed(informative[:, : self._read])
         condition = self._condition(labels, z.shape[0])
@@ -166,8 +164,7 @@ class LatentPrior(nn.Module):
         tokens = max(1, CHUNK_NUMBERS // (self.informative.numbers * max(1, z.shape[0])))
         if tokens >= z.shape[1] or not torch.is_grad_enabled():
             parts = [
-                self._log_prob_chunk(h, t)
-                for h, t in zip(hidden.split(tokens, 1), z.split(tokens, 1), strict=True)
+                self._log_prob_chunk(h, t) for h, t in zip(hidden.split(tokens, 1), z.split(tokens, 1), strict=True)
             ]
         else:  # the mixtures are made again in the backward pass rather than kept
             parts = [
@@ -227,9 +224,7 @@ class LatentPrior(nn.Module):
         if labels is None or not self.classes:
             labels = torch.full((batch,), -1, device=self.position.device)
         elif labels.shape != (batch,) or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}"
-            )
+            raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
         elif not torch.compiler.is_compiling() and batch and int(labels.max()) >= self.classes:
             raise ValueError(f"labels must be below classes={self.classes}, got {int(labels.max())}")
         embedded: Tensor = self.condition(labels.where(labels >= 0, self.classes))

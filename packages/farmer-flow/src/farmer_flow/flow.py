@@ -220,7 +220,7 @@ class AutoregressiveFlow(nn.Module):
             raise ValueError(f'method must be "sequential", got {method!r}')
         x = self._checked(z, labels)
         for block in reversed(self.blocks):
-            x = block.inverse(x, labels)
+            x = block.inverse(x, labels)  # type: ignore[operator]  # a ModuleList forgets its modules' types
         return x
 
     def trajectory(self, x: Tensor, labels: Tensor | None = None) -> list[Tensor]:
@@ -236,9 +236,7 @@ class AutoregressiveFlow(nn.Module):
     def _checked(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         """Return the tokens in at least float32, or say what is wrong with them or the labels."""
         if tokens.ndim != 3 or tokens.shape[1:] != (self.length, self.dim):
-            raise ValueError(
-                f"tokens must be (batch, length={self.length}, dim={self.dim}), got {tuple(tokens.shape)}"
-            )
+            raise ValueError(f"tokens must be (batch, length={self.length}, dim={self.dim}), got {tuple(tokens.shape)}")
         if labels is not None:
             check_labels(labels, tokens.shape[0], self.classes)
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32))

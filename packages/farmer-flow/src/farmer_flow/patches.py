@@ -59,13 +59,9 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
             f"tokens must be (batch, {rows * columns}, channels * {patch_size**2}) for {height}x{width} images "
             f"in patches of {patch_size}, got {tuple(tokens.shape)}"
         )
-    return rearrange(
-        tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
-    )
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
 
 
 def _check_divides(patch_size: int, height: int, width: int) -> None:
     if patch_size < 1 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"patch_size must divide height and width, got {patch_size} for {height}x{width} images"
-        )
+        raise ValueError(f"patch_size must divide height and width, got {patch_size} for {height}x{width} images")

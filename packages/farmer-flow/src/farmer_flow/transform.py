@@ -13,9 +13,9 @@ __all__ = ["FlowTransform"]
 class Flow(Protocol):
     """Any invertible map of tokens with a log-determinant."""
 
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
-    def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor: ...  # noqa: D102
+    def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
 
 
 class FlowTransform(Transform):
@@ -68,8 +68,8 @@ class FlowTransform(Transform):
             self._last = (x, logdet)
         return z
 
-    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
-        """Return ``log|det dx/dz|``, ``(batch,)``, for ``(batch, length, dim)`` latents and their data."""
-        if self._last is not None and self._last[0] is x:
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log|det dy/dx|``, ``(batch,)``, for latents ``x`` and their data ``y``, ``(batch, length, dim)``."""
+        if self._last is not None and self._last[0] is y:
             return -self._last[1]
-        return -self.flow(x, self.labels)[1]
+        return -self.flow(y, self.labels)[1]

@@ -83,8 +83,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """Map ``(batch, new, width)`` to the same shape."""
         x = x + self.attention(self.attention_norm(x), cache, layer)
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        residual: Tensor = self.mlp(self.mlp_norm(x))
+        return x + residual
 
 
 class Transformer(nn.Module):
@@ -116,9 +116,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, head_dim: int = 64) -> None:
         super().__init__()
         if width % head_dim or width < head_dim:
-            raise ValueError(
-                f"width must be a multiple of head_dim, got width={width} and head_dim={head_dim}"
-            )
+            raise ValueError(f"width must be a multiple of head_dim, got width={width} and head_dim={head_dim}")
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         self.width, self.head_dim = width, head_dim
