@@ -229,7 +229,8 @@ class Farmer(
         log_prior, logdet = (torch.stack(terms) for terms in zip(*densities, strict=True))
         discrete = log_prior + logdet + self.dimensions * math.log(2 / self.grey_levels)
         bits = -discrete / (self.dimensions * math.log(2))
-        return BitsPerDim(bits.mean(0), bits.std(0) / math.sqrt(draws), Density(log_prior.mean(0), logdet.mean(0)))
+        error = bits.std(0) / math.sqrt(draws) if draws > 1 else torch.full_like(bits[0], math.nan)
+        return BitsPerDim(bits.mean(0), error, Density(log_prior.mean(0), logdet.mean(0)))
 
     def quantise(self, images: Tensor) -> Tensor:
         """Return the grey levels of images, int64 in ``0..L-1``, shaped as they are.
