@@ -80,6 +80,14 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     return load_config(run / CONFIG, overrides)
 
 
+def short_attention(model: Farmer) -> contextlib.AbstractContextManager[None]:
+    """Choose plain matrix products over the fused attention for short sequences on a CPU, where they are faster."""
+    if model.device.type == "cpu" and (model.image_size // model.patch_size) ** 2 <= SHORT_SEQUENCE:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name also for the CPU
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
 class Trainer:
     """One training: the model, its average, the optimiser, the images and the course so far."""
 
@@ -189,7 +197,7 @@ class Trainer:
         dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(progress)
-        with accelerator.accumulate(self.model), self._attention():
+        with accelerator.accumulate(self.model), short_attention(model):
             density = self.model(model.noised(images, progress, generator=generator), labels.masked_fill(dropped, -1))
             loss = -density.log_prob.mean() / model.dimensions
             value = loss.item()
@@ -205,14 +213,6 @@ class Trainer:
             if accelerator.sync_gradients:
                 self.ema.update_parameters(model)
         return value, figures
-
-    def _attention(self) -> contextlib.AbstractContextManager[None]:
-        """Choose plain matrix products over the fused attention for short sequences on a CPU, where they are faster."""
-        short = (self.config.data.image_size // self.config.model.patch_size) ** 2 <= SHORT_SEQUENCE
-        if self.accelerator.device.type == "cpu" and short:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name also for the CPU
-            return sdpa_kernel(SDPBackend.MATH)
-        return contextlib.nullcontext()
 
     def _progress(self, seconds: float) -> float:
         """Return the share of the schedule that is done, the same on every process."""
