@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -66,10 +67,9 @@ class TrainingNoise(NamedTuple):
 
 def encode_component(module: nn.Module) -> dict[str, Any]:
     """Return the JSON form of a flow or prior: its class and its constructor's arguments."""
-    name = type(module).__name__
-    if COMPONENTS.get(name) is not type(module):
-        raise TypeError(f"add {name} to farmer_examples.model.COMPONENTS to save a model that contains it")
-    encoded = {"type": name}
+    encoded: dict[str, Any] = {"type": type(module).__name__}
+    if type(module) not in COMPONENTS.values():
+        return encoded  # it can be used, but not saved
     for argument in inspect.signature(type(module)).parameters:
         value = getattr(module, argument)
         encoded[argument] = len(value) if isinstance(value, nn.ModuleList) else value  # a flow's blocks
@@ -125,7 +125,7 @@ class Farmer(
         >>> images = model.sample(3, generator=torch.Generator().manual_seed(0))
         >>> images.shape
         torch.Size([3, 1, 8, 8])
-        >>> model.bits_per_dim(images, draws=4).mean.shape
+        >>> model.bits_per_dim(model.to_uint8(images), draws=4).mean.shape
         torch.Size([3])
     """
 
@@ -163,6 +163,13 @@ class Farmer(
         last_reversed = getattr(flow.blocks[-1], "reverse", False) if hasattr(flow, "blocks") else False
         self._flip = final_permute and not last_reversed
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        for part in (self.flow, self.prior):
+            if type(part) not in COMPONENTS.values():
+                name = type(part).__name__
+                raise TypeError(f"add {name} to farmer_examples.model.COMPONENTS to save a model that contains it")
+        super()._save_pretrained(save_directory)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one image: channels, height, width."""
@@ -177,6 +184,10 @@ class Farmer(
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Density:
         """Return the density of images as they are, no noise added: see :meth:`log_prob`."""
@@ -248,8 +259,8 @@ class Farmer(
         return ((images.double() + 1) / 2 * self.grey_levels).floor().clamp(0, top).long()
 
     def dequantise(self, levels: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Return grey levels as float32 in [-1, 1], uniformly spread over each level's interval."""
-        noise = torch.rand(levels.shape, device=levels.device, generator=generator)
+        """Return grey levels as floats in [-1, 1], uniformly spread over each level's interval."""
+        noise = torch.rand(levels.shape, dtype=self._dtype, device=levels.device, generator=generator)
         return 2 * (levels + noise) / self.grey_levels - 1
 
     def noised(self, images: Tensor, progress: float, *, generator: Generator | None = None) -> Tensor:
@@ -258,7 +269,7 @@ class Farmer(
         if self.noise.kind == "uniform":
             return self.dequantise(levels, generator=generator)
         centres = 2 * (levels + 0.5) / self.grey_levels - 1
-        noise = torch.randn(levels.shape, device=levels.device, generator=generator)
+        noise = torch.randn(levels.shape, dtype=self._dtype, device=levels.device, generator=generator)
         return centres + self.noise.deviation(progress) * noise
 
     def to_uint8(self, images: Tensor) -> Tensor:
@@ -315,7 +326,7 @@ class Farmer(
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
             raise ValueError(f"images must be (batch, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}")
         if not images.is_floating_point():
-            images = 2 * (self.quantise(images) + 0.5) / self.grey_levels - 1
+            images = 2 * (self.quantise(images).to(self._dtype) + 0.5) / self.grey_levels - 1
         return patchify(images, self.patch_size)
 
     def _permuted(self, tokens: Tensor) -> Tensor:
