@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 
 from farmer_examples.config import ConfigError, load_config, shipped_configs
 from farmer_examples.data import DataError, image_files, read_image
@@ -120,7 +121,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _load(checkpoint: Path) -> Farmer:
-    return Farmer.from_pretrained(find_model(checkpoint)).to(PartialState().device).eval()
+    folder = find_model(checkpoint)
+    try:
+        model = Farmer.from_pretrained(folder)
+    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise OSError(f"the model in {folder} cannot be read: {error}") from error
+    return model.to(PartialState().device).eval()
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -1,0 +1,129 @@
+"""The command line, as a user meets it."""
+
+import csv
+
+import pytest
+from farmer_examples.__main__ import main
+from farmer_examples.storage import checkpoints
+from PIL import Image
+
+TINY = [
+    "model.flow={width: 16, blocks: 2, layers: 1, head_dim: 8}",
+    "model.prior={width: 16, layers: 1, head_dim: 8, informative_dim: 3, components: 2, redundant_components: 2}",
+    "training.batch_size=32",
+    "training.samples=20",
+    "training.minutes=null",
+    "training.evaluation_draws=1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    main(["train", "--config", "digits", "--output", str(folder), *TINY, "training.steps=3"])
+    return folder
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_leaves_all_it_promises(run):
+    for name in ("config.yaml", "best/model.safetensors", "best/config.json", "curves.png", "logs"):
+        assert (run / name).exists(), name
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000000.png", "step-00000003.png"]
+
+
+def test_a_run_resumes_from_its_own_configuration(run, capsys):
+    main(["train", "--output", str(run), "--resume", "training.steps=4"])
+    assert checkpoints(run)[-1].step == 4
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_samples(run, tmp_path):
+    arguments = ["sample", "--checkpoint", str(run), "--class", "3", "none", "--count", "5", "--files", "--seed", "7"]
+    main([*arguments, "--output", str(tmp_path / "a")])
+    main([*arguments, "--output", str(tmp_path / "b")])
+    table = rows(tmp_path / "a" / "samples.csv")
+    assert [row["class"] for row in table] == ["3", "none", "3", "none", "3"]
+    for row in table:
+        total = float(row["log_prior"]) + float(row["logdet"])
+        assert float(row["log_likelihood"]) == pytest.approx(total, abs=2e-3)
+        assert float(row["nats_per_dim"]) == pytest.approx(-total / 64, abs=1e-3)
+    assert len(list((tmp_path / "a").rglob("0*.png"))) == 5
+    for path in (tmp_path / "a").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    assert Image.open(tmp_path / "a" / "grid.png").size == (5 * 66 + 2, 66 + 2)
+
+
+def test_likelihoods_of_folders_by_class(run, tmp_path):
+    main(
+        ["sample", "--checkpoint", str(run), "--class", "3", "8", "--count", "6", "--files", "--output", str(tmp_path)]
+    )
+    folders = [str(tmp_path / name) for name in ("3", "8")]
+    score = ["likelihood", "--checkpoint", str(run), *folders, "--class", "folder"]
+    main([*score, "--output", str(tmp_path / "one.csv"), "--draws", "300", "--batch-size", "1"])
+    main([*score, "--output", str(tmp_path / "all.csv"), "--draws", "300"])
+    one, together = rows(tmp_path / "one.csv"), rows(tmp_path / "all.csv")
+    assert [row["class"] for row in one] == ["3", "3", "3", "8", "8", "8"]
+    for first, second in zip(one, together, strict=True):
+        error = float(first["bits_per_dim_error"]) + float(second["bits_per_dim_error"])
+        assert float(first["bits_per_dim"]) == pytest.approx(float(second["bits_per_dim"]), abs=5 * error)
+        density = float(first["log_prior"]) + float(first["logdet"])
+        assert float(first["nats_per_dim"]) == pytest.approx(-density / 64, abs=1e-4)
+
+
+def test_the_demo_judges_its_samples(tmp_path, capsys):
+    main(["demo", "--output", str(tmp_path), *TINY, "training.steps=2"])
+    printed = capsys.readouterr().out
+    assert "bits/dim" in printed
+    assert "unguided samples are seen as the requested digit" in printed
+    for name in ("samples.png", "curves.png", "likelihood.csv"):
+        assert (tmp_path / name).is_file(), name
+    assert len(rows(tmp_path / "likelihood.csv")) == 360
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["likelihood"], ["demo"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def test_mistakes_end_in_a_message(run, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    (truncated / "config.json").write_bytes((run / "best" / "config.json").read_bytes())
+    (truncated / "model.safetensors").write_bytes((run / "best" / "model.safetensors").read_bytes()[:1000])
+    model = ["--checkpoint", str(run)]
+    output = ["--output", str(tmp_path / "out" / "l.csv")]
+    for arguments, message in [
+        (["train", "--config", "digit"], "did you mean 'digits'?"),
+        (["train"], "--config"),
+        (["train", "--config", "digits", "training.stpes=1"], "did you mean 'steps'?"),
+        (["train", "--config", "digits", "--output", str(run)], "--resume"),
+        (["train", "--output", str(tmp_path / "none"), "--resume"], "has no config.yaml"),
+        (["sample", "--checkpoint", str(tmp_path / "none")], "there is no folder"),
+        (["sample", "--checkpoint", str(tmp_path / "empty")], "neither a run"),
+        (["sample", "--checkpoint", str(broken)], str(broken)),
+        (["sample", "--checkpoint", str(truncated)], str(truncated)),
+        (["sample", *model, "--class", "eleven"], "no class 'eleven'"),
+        (["likelihood", *model, str(tmp_path / "none.png"), *output], "none.png"),
+        (["likelihood", *model, str(tmp_path / "empty"), *output], "empty"),
+        (["likelihood", *model, str(tmp_path / "broken.png"), *output], "broken.png"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2, arguments
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("farmer: error:"), error
+        assert message in error
+        assert "Traceback" not in error
+    assert not list((tmp_path / "out").glob("*"))

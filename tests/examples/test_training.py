@@ -1,0 +1,174 @@
+"""Training, and going on with it: exact, and safe against being killed."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from farmer_examples import Farmer, training
+from farmer_examples.config import load_config
+from farmer_examples.storage import checkpoints
+from farmer_examples.training import TrainingError, train
+
+SMALL = [
+    "model.flow={width: 16, blocks: 2, layers: 1, head_dim: 8, conditional: true}",
+    "model.prior={width: 16, layers: 1, head_dim: 8, informative_dim: 3, components: 2, redundant_components: 2}",
+    "data.limit=64",
+    "training.batch_size=16",
+    "training.warmup_steps=2",
+    "training.samples=0",
+    "training.minutes=null",
+    "training.evaluation_draws=1",
+]
+
+
+def config(*overrides):
+    return load_config("digits", [*SMALL, *overrides])
+
+
+def weights(run, step=-1):
+    state = checkpoints(run)[step].state
+    tensors = {}
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        tensors[name] = torch.load(state / name, weights_only=False)
+    model = Farmer.from_pretrained(checkpoints(run)[step].model)
+    return tensors, model
+
+
+def assert_same(first, second):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"seconds"}:
+            assert_same(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for ours, theirs in zip(first, second, strict=True):
+            assert_same(ours, theirs)
+    else:
+        assert first == second
+
+
+def test_training_lowers_the_held_out_bits(tmp_path):
+    course = train(config("training.steps=40", "training.evaluate_every=20", "training.lr=1e-2"), tmp_path)
+    before, middle, after = (entry["held_out"] for entry in course.history)
+    assert after < middle < before - 0.5
+    assert (tmp_path / "curves.png").is_file()
+    assert Farmer.from_pretrained(tmp_path / "best").class_names == [str(digit) for digit in range(10)]
+
+
+def test_resuming_is_exact(tmp_path):
+    """Six steps at once and three and three end in the same numbers: weights, optimiser, average, history.
+
+    Five batches make no whole epoch of four, so the data's position matters too.
+    """
+    settings = ["training.steps=10", "training.evaluate_every=5", "data.flip=true"]
+    train(config(*settings), tmp_path / "whole")
+    train(config(*settings), tmp_path / "parts")
+    last = checkpoints(tmp_path / "parts")[-1].path
+    for file in sorted(last.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    last.rmdir()
+    course = train(config(*settings), tmp_path / "parts", resume=True)
+    assert course.step == 10
+    (ours, model), (theirs, other) = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert_same(ours, theirs)
+    assert_same(model.state_dict(), other.state_dict())
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
+    """Label dropout and noise are drawn a part at a time, so both are off."""
+    settings = ["training.steps=1", "training.label_dropout=0", "data.limit=16", "training.noise.kind=gaussian"]
+    quiet = ["training.noise.start=0", "training.noise.end=0", "training.max_grad_norm=1e9"]
+    train(config(*settings, *quiet), tmp_path / "one")
+    train(config(*settings, *quiet, "training.accumulation=4"), tmp_path / "four")
+    (ours, _), (theirs, _) = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for first, second in zip(
+        ours["optimizer.bin"]["state"].values(), theirs["optimizer.bin"]["state"].values(), strict=True
+    ):
+        torch.testing.assert_close(first["exp_avg"], second["exp_avg"], rtol=1e-3, atol=1e-5)
+
+
+def test_the_average_follows_its_formula():
+    average = torch.optim.swa_utils.AveragedModel(
+        torch.nn.Linear(1, 1, bias=False), multi_avg_fn=training._warmed_up_average(0.5)
+    )
+    model, expected = torch.nn.Linear(1, 1, bias=False), None
+    for n in range(20):
+        torch.nn.init.constant_(model.weight, float(n * n))
+        average.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = float(n * n) if n == 0 else decay * expected + (1 - decay) * n * n
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_there_is(tmp_path, monkeypatch):
+    original = Farmer.noised
+    calls = []
+
+    def poisoned(self, images, progress, **options):
+        calls.append(1)
+        return original(self, images, progress, **options) * (math.nan if len(calls) == 8 else 1)
+
+    monkeypatch.setattr(Farmer, "noised", poisoned)
+    with pytest.raises(TrainingError, match=r"nan at step 8; the last good checkpoint is .*step-00000005"):
+        train(config("training.steps=20", "training.evaluate_every=5"), tmp_path)
+    assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [5]
+    _, model = weights(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    train(config("training.steps=1"), tmp_path)
+    with pytest.raises(TrainingError, match="--resume"):
+        train(config("training.steps=1"), tmp_path)
+
+
+def test_time_ends_a_training(tmp_path):
+    course = train(config("training.steps=1000000", "training.minutes=0.02"), tmp_path)
+    assert 0 < course.step < 1000000
+    assert checkpoints(tmp_path)[-1].step == course.step
+
+
+def test_more_images_a_step_than_there_are_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=128 on 1 processes takes 128 images a step, but there are 64"):
+        train(config("training.batch_size=128"), tmp_path)
+
+
+def test_a_killed_training_goes_on_from_its_newest_checkpoint(tmp_path):
+    """SIGKILL at random moments, writing checkpoints almost all the time: no unreadable one, no lost one.
+
+    Each life resumes at the newest checkpoint that the one before had published, so it loses at most the work since.
+    """
+    moments = random.Random(0)
+    command = [sys.executable, "-m", "farmer_examples", "train", "--config", "digits", "--output", str(tmp_path)]
+    command += ["--resume", *SMALL, "training.steps=100000", "training.evaluate_every=1", "training.keep=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    newest = 0
+    for _ in range(4):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while not [c for c in checkpoints(tmp_path) if c.step > newest] and time.monotonic() < deadline:
+            assert process.poll() is None, process.stdout.read().decode()
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        output = process.communicate()[0].decode()
+        if newest:
+            resumed = int(output.split("resuming from")[1].split("step-")[1][:8])
+            assert resumed == newest
+        for checkpoint in checkpoints(tmp_path):
+            assert math.isfinite(checkpoint.metrics["held_out"])
+        for step in range(-len(checkpoints(tmp_path)), 0):
+            weights(tmp_path, step)
+        assert checkpoints(tmp_path)[-1].step > newest
+        newest = checkpoints(tmp_path)[-1].step
+    course = train(config(f"training.steps={newest + 2}", "training.evaluate_every=1"), tmp_path, resume=True)
+    assert course.step == newest + 2
+    assert [entry["step"] for entry in course.history] == list(range(newest + 3))
