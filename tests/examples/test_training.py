@@ -117,11 +117,32 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_there_is(tmp_path, monke
         return original(self, images, progress, **options) * (math.nan if len(calls) == 8 else 1)
 
     monkeypatch.setattr(Farmer, "noised", poisoned)
-    with pytest.raises(TrainingError, match=r"nan at step 8; the last good checkpoint is .*step-00000005"):
+    with pytest.raises(
+        TrainingError, match=r"loss became nan at step 8; the last good checkpoint is .*step-00000005"
+    ):
         train(config("training.steps=20", "training.evaluate_every=5"), tmp_path)
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [5]
     _, model = weights(tmp_path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(tmp_path, monkeypatch):
+    original = training.Accelerator.clip_grad_norm_
+    calls = []
+
+    def poisoned(self, *arguments):
+        calls.append(1)
+        return original(self, *arguments) * (math.inf if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", poisoned)
+    with pytest.raises(TrainingError, match="the gradient became inf at step 3; there is no checkpoint yet"):
+        train(config("training.steps=20"), tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_a_precision_that_the_hardware_lacks_is_explained(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.precision=fp16"):
+        train(config("training.precision=fp16"), tmp_path)
 
 
 def test_a_run_is_not_written_over(tmp_path):

@@ -106,7 +106,8 @@ class Training(Section):
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     noise: Noise = Noise()
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products; ``auto`` is bf16 where the hardware computes in it, else fp32."""
     workers: int = Field(default=0, ge=0)
     """Processes that decode images; needed only for data too large to hold in memory."""
     seed: int = 0

@@ -80,6 +80,15 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     return load_config(run / CONFIG, overrides)
 
 
+def _mixed_precision(precision: str) -> str:
+    """Return Accelerate's name of a precision, after choosing one for ``auto``."""
+    if precision == "auto":
+        # torch has no public question about the CPU that all its supported versions answer
+        on_cpu, on_gpu = torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.cuda.is_bf16_supported
+        precision = "bf16" if (on_gpu() if torch.cuda.is_available() else on_cpu()) else "fp32"
+    return "no" if precision == "fp32" else precision
+
+
 def short_attention(model: Farmer) -> contextlib.AbstractContextManager[None]:
     """Choose plain matrix products over the fused attention for short sequences on a CPU, where they are faster."""
     if model.device.type == "cpu" and (model.image_size // model.patch_size) ** 2 <= SHORT_SEQUENCE:
@@ -96,14 +105,16 @@ class Trainer:
         if not resume and checkpoints(run):
             raise TrainingError(f"{run} already holds a training: go on with --resume, or choose another --output")
         self.config, self.run = config, run
-        self.accelerator = Accelerator(
-            mixed_precision="no" if settings.precision == "fp32" else settings.precision,
-            gradient_accumulation_steps=settings.accumulation,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
-            log_with="tensorboard",
-            project_dir=run,
-            step_scheduler_with_optimizer=False,
-        )
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=_mixed_precision(settings.precision),
+                gradient_accumulation_steps=settings.accumulation,
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+                log_with="tensorboard",
+                project_dir=run,
+            )
+        except ValueError as error:  # a precision that the hardware lacks
+            raise ConfigError(f"training.precision={settings.precision}: {error}") from error
         set_seed(settings.seed)
         with self.accelerator.main_process_first():
             self.data, self.held_out = (self._load(split) for split in ("train", "test"))
@@ -202,12 +213,14 @@ class Trainer:
             loss = -density.log_prob.mean() / model.dimensions
             value = loss.item()
             if not math.isfinite(value):
-                raise TrainingError(self._diverged(value))
+                raise TrainingError(self._diverged("loss", value))
             accelerator.backward(loss)
             figures = {"loss": value, "logdet": density.logdet.mean().item() / model.dimensions}
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-                figures["grad_norm"] = float(norm)
+                norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
+                if not math.isfinite(norm) and settings.precision != "fp16":  # whose scaler passes over such steps
+                    raise TrainingError(self._diverged("gradient", norm))
+                figures["grad_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -259,9 +272,9 @@ class Trainer:
         self.accelerator.log({"held out/bits per dim": scores["held_out"]}, step=course.step)
         save_curves(course.history, self.run / "curves.png")
         if settings.samples:
-            self._draw()
+            self._draw(bar)
 
-    def _draw(self) -> None:
+    def _draw(self, bar: tqdm[Any]) -> None:
         settings, step = self.config.training, self.course.step
         model: Farmer = self.ema.module
         classes = max(1, len(model.class_names))
@@ -270,7 +283,8 @@ class Trainer:
         generator = Generator(model.device).manual_seed(settings.seed)
         images = model.sample(labels.to(model.device), generator=generator)
         if not images.isfinite().all():
-            return  # an untrained or broken model; the loss tells
+            bar.write(f"step {step}: the samples are not finite, and no picture is drawn")
+            return
         picture = grid(model.to_uint8(images).cpu(), columns, scale=max(1, 64 // model.image_size))
         save_image(picture, self.run / "samples" / f"step-{step:08d}.png")
         self.accelerator.get_tracker("tensorboard").log_images(
@@ -320,11 +334,11 @@ class Trainer:
         """Turn the loss under uniform dequantisation, in nats a dimension, into bits a dimension."""
         return (nats - math.log(2 / self.config.data.grey_levels)) / math.log(2)
 
-    def _diverged(self, loss: float) -> str:
+    def _diverged(self, what: str, value: float) -> str:
         saved = checkpoints(self.run)
         left = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
         return (
-            f"the loss became {loss} at step {self.course.step + 1}; {left}. "
+            f"the {what} became {value} at step {self.course.step + 1}; {left}. "
             "Nothing was written over. A lower training.lr or training.max_grad_norm, or fp32, may help"
         )
 
