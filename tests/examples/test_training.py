@@ -117,9 +117,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_there_is(tmp_path, monke
         return original(self, images, progress, **options) * (math.nan if len(calls) == 8 else 1)
 
     monkeypatch.setattr(Farmer, "noised", poisoned)
-    with pytest.raises(
-        TrainingError, match=r"loss became nan at step 8; the last good checkpoint is .*step-00000005"
-    ):
+    with pytest.raises(TrainingError, match=r"loss became nan at step 8; the last good checkpoint is .*step-00000005"):
         train(config("training.steps=20", "training.evaluate_every=5"), tmp_path)
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [5]
     _, model = weights(tmp_path)
