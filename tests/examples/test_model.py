@@ -41,9 +41,12 @@ def make(blocks=2, size=4, patch=2, grey_levels=17, classes=("cat", "dog"), info
     )
 
 
-@pytest.fixture
-def model(disturb):
-    return disturb(make(), deviation=0.1).double()
+@pytest.fixture(params=[False, True], ids=["plain", "whitening"])
+def model(request, disturb):
+    model = disturb(make(whitening=request.param), deviation=0.1).double()
+    if request.param:
+        model.fit_whitening(torch.randn(50, 1, 4, 4, dtype=torch.float64).cumsum(-1))
+    return model
 
 
 LABELS = torch.tensor([0, 1, -1])
@@ -55,7 +58,7 @@ def test_density_is_that_of_the_change_of_variables(model):
     label = torch.tensor([1])
 
     def latents(pixels):
-        return model._permuted(model.flow(patchify(pixels, 2), label)[0])
+        return model.encode(pixels, label)[0]
 
     logdet = torch.autograd.functional.jacobian(latents, image).reshape(16, 16).slogdet().logabsdet
     expected = model.prior.log_prob(latents(image), label) + logdet
@@ -73,13 +76,32 @@ def test_the_prior_reads_against_the_last_block(blocks, flips):
     assert torch.equal(make(blocks, final_permute=False)._permuted(tokens), tokens)
 
 
-def test_samples_go_through_the_same_permutation(disturb):
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_samples_go_through_the_same_maps(disturb, blocks):
     """Latents drawn by the prior come back when the sample is mapped forward."""
-    model = disturb(make(blocks=3), deviation=0.1).double()
+    model = disturb(make(blocks, whitening=True), deviation=0.1).double()
+    model.fit_whitening(torch.randn(50, 1, 4, 4, dtype=torch.float64).cumsum(-1))
     drawn = model.prior.sample(LABELS, generator=torch.Generator().manual_seed(1))
     images = model.sample(LABELS, generator=torch.Generator().manual_seed(1))
-    latents = model._permuted(model.flow(patchify(images, 2), LABELS)[0])
-    torch.testing.assert_close(latents, drawn, atol=1e-8, rtol=0)
+    torch.testing.assert_close(model.encode(images, LABELS)[0], drawn, atol=1e-8, rtol=0)
+
+
+def test_encoding_is_made_of_patches_whitening_flow_and_permutation(disturb):
+    model = disturb(make(blocks=3, whitening=True), deviation=0.1).double()
+    images = torch.randn(50, 1, 4, 4, dtype=torch.float64).cumsum(-1)
+    model.fit_whitening(images)
+    whitened, first = model.whitening(patchify(images, 2))
+    z, second = model.flow(whitened)
+    latents, logdet = model.encode(images)
+    assert torch.equal(latents, z.flip(1))
+    torch.testing.assert_close(logdet, first + second)
+    covariance = model.whitening(patchify(images, 2))[0].flatten(0, 1).T.cov()
+    torch.testing.assert_close(covariance, torch.eye(4, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
+def test_a_model_without_whitening_says_so():
+    with pytest.raises(ValueError, match="whitening=True"):
+        make().fit_whitening(torch.zeros(2, 1, 4, 4))
 
 
 class Identity(nn.Module):
@@ -184,7 +206,8 @@ def test_training_noise():
 
 
 def test_saving_keeps_every_number_and_config_json_rebuilds_the_model(disturb, tmp_path):
-    model = disturb(make(blocks=3, noise=["gaussian", 0.2, 0.01]), deviation=0.1)
+    model = disturb(make(blocks=3, noise=["gaussian", 0.2, 0.01], whitening=True), deviation=0.1)
+    model.fit_whitening(torch.randn(50, 1, 4, 4))
     model.save_pretrained(tmp_path)
     loaded = Farmer.from_pretrained(tmp_path)
     images = torch.rand(3, 1, 4, 4)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from farmer_examples import Farmer, training
 from farmer_examples.config import load_config
+from farmer_examples.data import load_images
 from farmer_examples.storage import checkpoints
 from farmer_examples.training import TrainingError, train
+from farmer_flow import patchify
 
 SMALL = [
     "model.flow={width: 16, blocks: 2, layers: 1, head_dim: 8, conditional: true}",
@@ -63,12 +65,23 @@ def test_training_lowers_the_held_out_bits(tmp_path):
     assert Farmer.from_pretrained(tmp_path / "best").class_names == [str(digit) for digit in range(10)]
 
 
+def test_whitening_is_fitted_to_the_training_images_before_the_first_step(tmp_path):
+    course = train(config("training.steps=1", "model.whitening=true"), tmp_path)
+    plain = train(config("training.steps=1", "model.whitening=false"), tmp_path / "plain")
+    assert course.history[0]["held_out"] < plain.history[0]["held_out"] - 0.5
+    model = Farmer.from_pretrained(tmp_path / "best")
+    images, _ = load_images("digits", split="train", image_size=8, channels=1, limit=64).__getitems__(range(64))
+    whitened, _ = model.whitening(patchify(model.noised(images, 1.0), model.patch_size))
+    covariance = whitened.flatten(0, 1).T.cov()
+    torch.testing.assert_close(covariance, torch.eye(4), atol=0.05, rtol=0)  # noise of another seed
+
+
 def test_resuming_is_exact(tmp_path):
-    """Six steps at once and three and three end in the same numbers: weights, optimiser, average, history.
+    """Ten steps at once and five and five end in the same numbers: weights, optimiser, average, history.
 
     Five batches make no whole epoch of four, so the data's position matters too.
     """
-    settings = ["training.steps=10", "training.evaluate_every=5", "data.flip=true"]
+    settings = ["training.steps=10", "training.evaluate_every=5", "data.flip=true", "model.whitening=true"]
     train(config(*settings), tmp_path / "whole")
     train(config(*settings), tmp_path / "parts")
     last = checkpoints(tmp_path / "parts")[-1].path

@@ -85,6 +85,8 @@ class Model(Section):
     flow: Flow
     prior: Prior
     final_permute: bool = True
+    whitening: bool = False
+    """Let a linear map that whitens the patches, fitted before training, come before the flow."""
 
 
 class Training(Section):
@@ -179,6 +181,7 @@ class Config(Section):
             class_names=class_names,
             noise=list(TrainingNoise(noise.kind, noise.start, noise.end)),
             final_permute=self.model.final_permute,
+            whitening=self.model.whitening,
         )
 
 

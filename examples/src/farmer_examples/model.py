@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from farmer_ar import LatentPrior
-from farmer_flow import AutoregressiveFlow, patchify, unpatchify
+from farmer_flow import AutoregressiveFlow, Whitening, patchify, unpatchify
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Generator, Tensor, nn
 
@@ -110,6 +110,8 @@ class Farmer(
         class_names: of the classes, in the order of their labels; empty for a model without classes.
         noise: what the model was trained with, see :class:`TrainingNoise`: kind, start and end.
         final_permute: let the prior read the tokens in the direction opposite to the flow's last block.
+        whitening: let a :class:`~farmer_flow.Whitening` of the patches come before the flow, as the flow's first map;
+            :meth:`fit_whitening` adapts it to images. The paper has none.
 
     Raises:
         ValueError: if the sizes of flow, prior and images do not fit together.
@@ -141,6 +143,7 @@ class Farmer(
         class_names: list[str] | None = None,
         noise: list[Any] | None = None,
         final_permute: bool = True,
+        whitening: bool = False,
     ) -> None:
         super().__init__()
         if patch_size < 1 or image_size % patch_size:
@@ -155,6 +158,7 @@ class Farmer(
         if not 2 <= grey_levels <= 256:
             raise ValueError(f"grey_levels must be 2 to 256, got {grey_levels}")
         self.flow, self.prior = flow, prior
+        self.whitening = Whitening(dim) if whitening else None
         self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
         self.grey_levels = grey_levels
         self.class_names = list(class_names or [])
@@ -191,8 +195,34 @@ class Farmer(
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Density:
         """Return the density of images as they are, no noise added: see :meth:`log_prob`."""
-        z, logdet = self.flow(self._tokens(images), labels)
-        return Density(self.prior.log_prob(self._permuted(z), labels), logdet)
+        z, logdet = self.encode(images, labels)
+        return Density(self.prior.log_prob(z, labels), logdet)
+
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map images to the latents that the prior reads, ``(batch, length, dim)``, with ``log|det dz/dx|``."""
+        tokens = self._tokens(images)
+        if self.whitening is None:
+            z, logdet = self.flow(tokens, labels)
+        else:
+            tokens, whitening_logdet = self.whitening(tokens)
+            z, logdet = self.flow(tokens, labels)
+            logdet = logdet + whitening_logdet
+        return self._permuted(z), logdet
+
+    def decode(
+        self, z: Tensor, labels: Tensor | None = None, *, inverse: Literal["sequential"] = "sequential"
+    ) -> Tensor:
+        """Undo :meth:`encode`; ``inverse`` is the flow's method of inversion."""
+        tokens = self.flow.inverse(self._permuted(z), labels, method=inverse)
+        if self.whitening is not None:
+            tokens = self.whitening.inverse(tokens)
+        return unpatchify(tokens, self.patch_size, self.image_size, self.image_size)
+
+    def fit_whitening(self, images: Tensor) -> None:
+        """Fit the whitening to ``(batch, channels, size, size)`` images, noised as in training; before training."""
+        if self.whitening is None:
+            raise ValueError("this model has no whitening; make it with whitening=True")
+        self.whitening.fit(self._tokens(images))
 
     def log_prob(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the continuous log-density ``log p(x|c)`` of images, in nats (Eq. 6).
@@ -300,8 +330,7 @@ class Farmer(
         """
         z = self.prior.sample(labels_or_batch, redundant_scale=redundant_scale, generator=generator)
         labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.device)
-        tokens = self.flow.inverse(self._permuted(z), labels, method=inverse)
-        return unpatchify(tokens, self.patch_size, self.image_size, self.image_size)
+        return self.decode(z, labels, inverse=inverse)
 
     def label(self, name: str | int) -> int:
         """Return the label of a class given by name or number; -1 for ``"none"``.

@@ -31,6 +31,7 @@ __all__ = ["TrainingError", "train"]
 
 CONFIG = "config.yaml"
 SHORT_SEQUENCE = 128
+WHITENED_TOKENS = 2**16
 
 
 class TrainingError(RuntimeError):
@@ -125,6 +126,8 @@ class Trainer:
                 )
         self._check_batch()
         model = config.build(list(self.data.class_names))
+        if config.model.whitening:
+            self._fit_whitening(model)
         self.course = Course()
         self.ema = AveragedModel(
             model, device=self.accelerator.device, multi_avg_fn=_warmed_up_average(settings.ema_decay)
@@ -151,6 +154,13 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.course, self.ema)
         self.generator = Generator(self.accelerator.device)
         self._resume(resume)
+
+    def _fit_whitening(self, model: Farmer) -> None:
+        """Fit the whitening to images spread over the training set, the same on every process."""
+        count = min(len(self.data), -(-WHITENED_TOKENS // model.flow.length))
+        images, _ = self.data.__getitems__([i * len(self.data) // count for i in range(count)])
+        generator = Generator().manual_seed(self.config.training.seed)
+        model.fit_whitening(model.noised(images, progress=1.0, generator=generator))
 
     def train(self) -> Course:
         """Run to the end of the schedule."""
