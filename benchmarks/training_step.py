@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 from farmer_examples.config import load_config
-from farmer_examples.training import short_attention
+from farmer_examples.training import computes_in_bf16, short_attention
 from measure import machine, median_seconds
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +37,8 @@ def main():
     with FlopCounterMode(display=False) as counter:
         step(torch.float32)
     flops = counter.get_total_flops()
-    squares = {dtype: torch.randn(SIDE, SIDE, device=device).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = [torch.float32, torch.bfloat16] if computes_in_bf16() else [torch.float32]
+    squares = {dtype: torch.randn(SIDE, SIDE, device=device).to(dtype) for dtype in dtypes}
     forms = {}
     for dtype, square in squares.items():
         forms[f"step {dtype}"] = lambda dtype=dtype: step(dtype)
@@ -53,7 +54,11 @@ def main():
             f"{str(dtype).removeprefix('torch.'):9s} step {rate / 1e9:8.0f} GFLOP/s of {limit / 1e9:8.0f}: "
             f"{rate / limit:.0%}, {images_s:.1f} images/s"
         )
-    print(f"bfloat16 / float32 throughput: {seconds[f'step {torch.float32}'] / seconds[f'step {torch.bfloat16}']:.2f}x")
+    if computes_in_bf16():
+        ratio = seconds[f"step {torch.float32}"] / seconds[f"step {torch.bfloat16}"]
+        print(f"bfloat16 / float32 throughput: {ratio:.2f}x")
+    else:
+        print("bfloat16: not measured, this hardware has no matrix products in it")
 
 
 if __name__ == "__main__":

@@ -81,12 +81,18 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     return load_config(run / CONFIG, overrides)
 
 
+def computes_in_bf16() -> bool:
+    """Whether the hardware has matrix products in bfloat16, rather than emulating them, hundreds of times slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def _mixed_precision(precision: str) -> str:
     """Return Accelerate's name of a precision, after choosing one for ``auto``."""
     if precision == "auto":
-        # torch has no public question about the CPU that all its supported versions answer
-        on_cpu, on_gpu = torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.cuda.is_bf16_supported
-        precision = "bf16" if (on_gpu() if torch.cuda.is_available() else on_cpu()) else "fp32"
+        precision = "bf16" if computes_in_bf16() else "fp32"
     return "no" if precision == "fp32" else precision
 
 
