@@ -51,6 +51,23 @@ def test_the_best_and_the_newest_stay(tmp_path):
     assert json.loads((tmp_path / "checkpoints" / "step-00000004" / "metrics.json").read_text()) == {"held_out": 3.0}
 
 
+def test_a_removal_killed_midway_leaves_no_checkpoint_that_looks_whole(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, 3.0 - step)
+
+    def killed(path, *_):
+        (path / "model" / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, keep=1)
+    assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [2]
+    prune(tmp_path, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_a_missing_model_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_model(tmp_path / "none")

@@ -19,7 +19,8 @@ METRICS = "metrics.json"
 def published(path: Path) -> Iterator[Path]:
     """Yield a name to write a file or folder under, which then takes the place of ``path`` in one rename.
 
-    Whatever stops the writing, also SIGKILL, leaves ``path`` as it was.
+    Whatever stops the writing, also SIGKILL, leaves ``path`` as it was. Only a folder that takes the place of another
+    needs two renames, and for an instant neither is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last, because writers choose the format by it
@@ -27,13 +28,21 @@ def published(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced by a rename
-            shutil.rmtree(path)
-        partial.replace(path)
+            old = _aside(path)
+            partial.replace(path)
+            shutil.rmtree(old)
+        else:
+            partial.replace(path)
     finally:
         if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """Rename a folder that is to go, so that a removal that is killed midway leaves nothing that looks whole."""
+    return path.rename(path.with_name(f".partial-{os.getpid()}-old-{path.name}"))
 
 
 class Checkpoint:
@@ -79,7 +88,7 @@ def prune(run: Path, keep: int) -> None:
         link.symlink_to(winner.model.relative_to(run), target_is_directory=True)
     for old in checkpoints(run)[:-keep]:
         if old.path != winner.path:
-            shutil.rmtree(old.path)
+            shutil.rmtree(_aside(old.path))
     for partial in (run / "checkpoints").glob(".partial-*"):  # of a run that was killed while it wrote
         shutil.rmtree(partial)
 
