@@ -68,10 +68,10 @@ def test_it_shows_torchs_attributes():
     torch.testing.assert_close(rebuilt.log_prob(value), mixture.log_prob(value))
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_large_means_and_small_scales_keep_two_decimals(spread):
-    """Means of 1000 with scales of 1e-3 in float32, shared by 64 values, against float64."""
-    loc = (1000 + spread * torch.randn(1, 8, 5)).float()
+@pytest.mark.parametrize(("centre", "spread"), [(1000, 0), (1000, 1), (0, 1000)])
+def test_large_means_and_small_scales_keep_two_decimals(centre, spread):
+    """Means of 1000, of one sign and of both, with scales of 1e-3 in float32, shared by 64 values, against float64."""
+    loc = (centre + spread * torch.randn(1, 8, 5)).float()
     scale = torch.full((1, 8, 5), 1e-3)
     value = loc[0, torch.arange(64) % 8] + 2e-3 * torch.randn(64, 5)
     logits = torch.randn(1, 8)

@@ -227,6 +227,14 @@ def test_bfloat16_autocast_keeps_float32_densities():
     torch.testing.assert_close(log_prob, prior.log_prob(z, LABELS), atol=0.5, rtol=0.05)
 
 
+def test_bfloat16_weights_and_latents_give_float32_densities():
+    prior, z = make(), latents().float()
+    expected = prior.log_prob(z, LABELS)
+    log_prob = prior.bfloat16().log_prob(z.bfloat16(), LABELS)
+    assert log_prob.dtype == prior.sample(LABELS).dtype == torch.float32
+    torch.testing.assert_close(log_prob, expected, atol=0.5, rtol=0.05)
+
+
 def test_saving_and_loading_keeps_the_numbers(prior, tmp_path):
     torch.save(prior.state_dict(), tmp_path / "prior.pt")
     other = make(prior.informative_dim).double()

@@ -162,6 +162,16 @@ def test_bfloat16_autocast_keeps_float32_determinants(disturb):
     assert flow(x.bfloat16())[1].dtype == torch.float32
 
 
+def test_bfloat16_weights_keep_float32_determinants(disturb):
+    flow = disturb(AutoregressiveFlow(DIM, LENGTH, width=16, blocks=2, layers=1, head_dim=8), deviation=0.05)
+    x = tokens(8, torch.float32)
+    expected = flow(x)[1]
+    z, logdet = flow.bfloat16()(x)
+    assert z.dtype == logdet.dtype == torch.float32
+    torch.testing.assert_close(logdet, expected, atol=0.2, rtol=0.05)
+    torch.testing.assert_close(flow.inverse(z), x, atol=0.1, rtol=0.05)
+
+
 def test_the_autocast_logdet_is_summed_in_float32():
     """A thousand scales of 1.001 add up to what bfloat16 could not hold."""
     flow = AutoregressiveFlow(25, 41, width=8, blocks=1, layers=1, head_dim=8)
@@ -180,7 +190,7 @@ def test_distribution_has_the_flows_density(flow):
     torch.testing.assert_close(density.log_prob(x), base.log_prob(z) + logdet)
     transform = density.transforms[0]
     torch.testing.assert_close(transform(z), x, atol=1e-8, rtol=0)
-    assert FlowTransform(flow) == FlowTransform(flow).with_cache(0)
+    assert FlowTransform(flow) == FlowTransform(flow).with_cache(1)
     assert transform != FlowTransform(flow)
 
 
@@ -190,6 +200,19 @@ def test_distribution_runs_the_flow_once(flow):
     base = Independent(Normal(torch.zeros(LENGTH, DIM).double(), 1.0), 2)
     TransformedDistribution(base, FlowTransform(flow)).log_prob(tokens())
     assert len(calls) == 1
+
+
+def test_distribution_follows_the_flows_training(flow):
+    """The same tensor of data is scored anew after every step."""
+    base = Independent(Normal(torch.zeros(LENGTH, DIM).double(), 1.0), 2)
+    density, x = TransformedDistribution(base, FlowTransform(flow)), tokens()
+    optimizer = torch.optim.SGD(flow.parameters(), lr=1e-3)
+    for _ in range(3):
+        z, logdet = flow(x)
+        log_prob = density.log_prob(x)
+        torch.testing.assert_close(log_prob, base.log_prob(z) + logdet)
+        (-log_prob.sum()).backward()
+        optimizer.step()
 
 
 def test_saving_and_loading_keeps_the_numbers(flow, tmp_path):

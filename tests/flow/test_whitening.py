@@ -68,6 +68,14 @@ def test_autocast_leaves_it_exact(tokens):
     assert whitening(x.bfloat16())[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("convert", ["float", "bfloat16", "half", "double"])
+def test_converting_the_module_leaves_it_exact(tokens, convert):
+    whitening = Whitening(DIM).fit(tokens)
+    expected = whitening(tokens)[0]
+    assert torch.equal(getattr(whitening, convert)()(tokens)[0], expected)
+    assert whitening.to("meta").mean.device.type == "meta"
+
+
 def test_a_single_channel_can_be_whitened():
     x = torch.randn(50, 3, 1) * 4 + 1
     assert Whitening(1).fit(x)(x)[0].std().item() == pytest.approx(1, abs=1e-5)

@@ -163,8 +163,8 @@ def _log_normal_of_shared(values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     means and taken in float64, which also keeps autocast and TF32 away from them: a component at distance D of
     the centre with scale s costs about (D / s)^2 * 1e-16 of log-density, 1e-10 for means of 1 and scales of 1e-3.
     """
-    centre = loc.mean(-2, keepdim=True)
-    x, mu = (values - centre).double(), (loc - centre).double()
+    centre = loc.double().mean(-2, keepdim=True)
+    x, mu = values.double() - centre, loc.double() - centre
     precision = scale.double().pow(-2)
     squares = x.square() @ precision.mT - 2 * x @ (precision * mu).mT + (precision * mu.square()).sum(-1).unsqueeze(-2)
     log_scale = scale.double().log().sum(-1).unsqueeze(-2)

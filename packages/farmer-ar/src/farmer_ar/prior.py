@@ -148,8 +148,9 @@ class LatentPrior(nn.Module):
         """
         if z.ndim != 3 or z.shape[1:] != (self.length, self.dim):
             raise ValueError(f"latents must be (batch, length={self.length}, dim={self.dim}), got {tuple(z.shape)}")
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         informative, redundant = z.split([self.informative_dim, self.dim - self.informative_dim], dim=-1)
-        tokens = self.embed(informative[:, : self._read])
+        tokens = self._embedded(informative[:, : self._read])
         condition = self._condition(labels, z.shape[0])
         hidden = self.transformer(torch.cat([condition, tokens], dim=1) + self.position)
         hidden = hidden[:, self.condition_repeats - 1 :]
@@ -210,7 +211,7 @@ class LatentPrior(nn.Module):
         for i in range(self.length):
             drawn.append(self.informative(hidden).sample(generator=generator))
             if i < self._read:
-                token = self.embed(drawn[-1]) + self.position[self.condition_repeats + i]
+                token = self._embedded(drawn[-1]) + self.position[self.condition_repeats + i]
                 hidden = self.transformer(token, cache)
         informative = torch.cat(drawn, dim=1)
         if self.redundant is None:
@@ -218,6 +219,10 @@ class LatentPrior(nn.Module):
         shared = self.redundant(hidden).temper(scale=math.sqrt(redundant_scale))
         redundant = shared.expand((batch, self.length)).sample(generator=generator)
         return torch.cat([informative, redundant], dim=-1)
+
+    def _embedded(self, informative: Tensor) -> Tensor:
+        embedded: Tensor = self.embed(informative.to(self.embed.weight.dtype))
+        return embedded
 
     def _condition(self, labels: Tensor | None, batch: int) -> Tensor:
         """Return the condition's embedding, repeated: ``(batch, condition_repeats, width)``."""

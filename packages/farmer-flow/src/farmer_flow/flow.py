@@ -88,7 +88,7 @@ class AutoregressiveBlock(nn.Module):
         return tokens.flip(1) if self.reverse else tokens
 
     def _tokens(self, x: Tensor, labels: Tensor | None, start: int) -> Tensor:
-        tokens: Tensor = self.embed(x) + self.position[start : start + x.shape[1]]
+        tokens: Tensor = self.embed(x.to(self.embed.weight.dtype)) + self.position[start : start + x.shape[1]]
         if self.class_embed is not None:
             null = self.class_embed.num_embeddings - 1
             if labels is None:

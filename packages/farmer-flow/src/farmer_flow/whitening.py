@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,8 @@ class Whitening(nn.Module):
     reads whitened patches starts from the best Gaussian model of single patches instead of from raw pixels.
     The widest directions come first, so that a prior's first channels are the ones with most variance.
 
-    Forward and inverse have the form of a flow's, and are computed in float64, which keeps autocast and TF32 away
-    from them. A fresh one is the identity.
+    Forward and inverse have the form of a flow's. They are computed in float64, which keeps autocast and TF32 away from
+    them, and stays when the module is converted to another precision. A fresh one is the identity.
 
     Args:
         dim: channels of a token.
@@ -98,6 +100,13 @@ class Whitening(nn.Module):
         """Undo :meth:`forward`: ``x_i = Q (s z_i) + m``, both ``(batch, length, dim)``."""
         x = (self._checked(z) * self.deviations) @ self.directions.mT + self.mean
         return x.to(_precision(z))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Whitening:
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():  # moved, but not rounded
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Return the tokens in float64, or say what is wrong with them."""
