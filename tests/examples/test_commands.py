@@ -57,11 +57,30 @@ def test_samples(run, tmp_path):
     assert Image.open(tmp_path / "a" / "grid.png").size == (5 * 66 + 2, 66 + 2)
 
 
+def test_options_may_stand_in_a_file_and_the_command_line_wins(run, tmp_path, capsys):
+    file = tmp_path / "sampling.yaml"
+    file.write_text("class: [3, none]\ncount: 4\nfiles: true\nbatch_size: 2\nseed: 7\n")
+    sample = ["sample", "--checkpoint", str(run), "--config", str(file)]
+    main([*sample, "--output", str(tmp_path / "a"), "--count", "5"])
+    assert [row["class"] for row in rows(tmp_path / "a" / "samples.csv")] == ["3", "none", "3", "none", "3"]
+    assert len(list((tmp_path / "a").rglob("0*.png"))) == 5
+    file.write_text("cuont: 4")
+    with pytest.raises(SystemExit):
+        main([*sample, "--output", str(tmp_path / "b")])
+    assert f"unknown key 'cuont' in {file}; did you mean 'count'?" in capsys.readouterr().err
+    file.write_text("draws: 2\non_corrupt: skip\nclass: 4")
+    images = str(tmp_path / "a")
+    output = tmp_path / "l.csv"
+    main(["likelihood", "--checkpoint", str(run), images, "--config", str(file), "--output", str(output)])
+    assert [row["class"] for row in rows(output)] == ["4"] * 6  # the grid is an image, too
+    assert "6 images" in (printed := capsys.readouterr().out)
+    assert "1 files skipped" in printed
+
+
 def test_likelihoods_of_folders_by_class(run, tmp_path):
-    main(
-        ["sample", "--checkpoint", str(run), "--class", "3", "8", "--count", "6", "--files", "--output", str(tmp_path)]
-    )
-    folders = [str(tmp_path / name) for name in ("3", "8")]
+    samples = tmp_path / "samples"
+    main(["sample", "--checkpoint", str(run), "--class", "3", "8", "--count", "6", "--files", "--output", str(samples)])
+    folders = [str(samples / name) for name in ("3", "8")]
     score = ["likelihood", "--checkpoint", str(run), *folders, "--class", "folder"]
     main([*score, "--output", str(tmp_path / "one.csv"), "--draws", "300", "--batch-size", "1"])
     main([*score, "--output", str(tmp_path / "all.csv"), "--draws", "300"])
@@ -82,6 +101,11 @@ def test_the_demo_judges_its_samples(tmp_path, capsys):
     for name in ("samples.png", "curves.png", "likelihood.csv"):
         assert (tmp_path / name).is_file(), name
     assert len(rows(tmp_path / "likelihood.csv")) == 360
+    before = checkpoints(tmp_path)[-1].step
+    main(["demo", "--output", str(tmp_path), *TINY, "training.steps=2"])  # a second time, it shows what there is
+    assert "is at its end, after 2 steps" in (again := capsys.readouterr().out)
+    assert again.split("class consistency")[1] == printed.split("class consistency")[1]
+    assert checkpoints(tmp_path)[-1].step == before
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["likelihood"], ["demo"]])
@@ -115,6 +139,10 @@ def test_mistakes_end_in_a_message(run, tmp_path, capsys):
         (["sample", "--checkpoint", str(broken)], str(broken)),
         (["sample", "--checkpoint", str(truncated)], str(truncated)),
         (["sample", *model, "--class", "eleven"], "no class 'eleven'"),
+        (["sample", *model, "--output", str(run)], "is not empty"),
+        (["train", "--output", str(run), "--resume", "training.steps=9", "model.flow.width=32"], "cannot be resumed"),
+        (["train", "--output", str(run), "--resume", "training.steps=9", "model.whitening=true"], "cannot be resumed"),
+        (["likelihood", *model, str(tmp_path), "--class", "eleven"], "no class 'eleven'"),
         (["likelihood", *model, str(tmp_path / "none.png"), *output], "none.png"),
         (["likelihood", *model, str(tmp_path / "empty"), *output], "empty"),
         (["likelihood", *model, str(tmp_path / "broken.png"), *output], "broken.png"),

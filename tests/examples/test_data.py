@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from farmer_examples.data import DataError, ImageData, image_files, load_images, read_image
+from farmer_examples.data import DataError, ImageData, load_files, load_images, read_image
 from farmer_examples.torchvision_operators import torchvision
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
@@ -274,6 +274,13 @@ def test_the_splits_of_a_folder_are_kept(tmp_path: Path, name: str) -> None:
     test = write_classes(tmp_path / name, {"cat": 1, "dog": 2})
     assert len(load(tmp_path)) == 5
     assert contents(load(tmp_path, "test")) == sorted(pixels.tobytes() for pixels in test.values())
+
+
+def test_validation_is_held_out_before_a_test_split(tmp_path: Path) -> None:
+    """Test splits are published without labels, and the best checkpoint must not be chosen on them."""
+    for count, name in enumerate(("train", "test", "validation"), start=2):
+        write_classes(tmp_path / name, {"cat": count, "dog": count})
+    assert (len(load(tmp_path)), len(load(tmp_path, "test"))) == (4, 8)
 
 
 def write_parquet(path: Path, count: int, *, named: bool = True, first: int = 0) -> Path:
@@ -560,17 +567,35 @@ def test_the_hub_is_asked_for_what_looks_like_an_id(monkeypatch: pytest.MonkeyPa
         load("owner/name")
 
 
-def test_image_files_are_found_by_suffix_and_sorted(tmp_path: Path) -> None:
+def test_files_are_found_by_suffix_and_sorted(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "deep/er/c.webp", ".hidden.png"):
         write_image(tmp_path / name)
-    not_an_image(tmp_path / "notes.txt")
     given = tmp_path / "elsewhere" / "without_suffix"
     given.parent.mkdir()
     PIL.Image.new("L", (SIZE, SIZE)).save(given, format="png")
-    found = image_files([given, str(tmp_path)])
+    only_some = [given, *(tmp_path / name for name in ("a.JPG", "b.png", "deep"))]
+    found, data = load_files(list(map(str, only_some)), image_size=SIZE, channels=3)
     assert found == [given, *(tmp_path / name for name in ("a.JPG", "b.png", "deep/er/c.webp"))]
-    assert read_image(given, 4, 3).shape == (3, 4, 4)
+    images, labels = data.__getitems__(range(4))
+    assert labels.tolist() == [-1] * 4
+    for path, image in zip(found, images, strict=True):
+        assert torch.equal(image, read_image(path, SIZE, 3))
     with pytest.raises(DataError, match="missing"):
-        image_files([tmp_path / "missing"])
+        load_files([tmp_path / "missing"], image_size=SIZE, channels=3)
     with pytest.raises(DataError, match="found none"):
-        image_files([given.parent])
+        load_files([given.parent], image_size=SIZE, channels=3)
+
+
+def test_files_that_are_no_sound_images_are_named_or_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "c.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"b\.png: expected a sound image"):
+        load_files([tmp_path], image_size=SIZE, channels=1)
+    not_an_image(tmp_path / "notes.txt")
+    with pytest.raises(DataError, match=r"found 1 other file\(s\): .*notes\.txt"):
+        load_files([tmp_path], image_size=SIZE, channels=1)
+    found, data = load_files([tmp_path], image_size=SIZE, channels=1, on_corrupt="skip")
+    assert [path.name for path in found] == ["a.png", "c.png"]
+    assert (len(data), data.skipped) == (2, 2)
+    assert torch.equal(data[1][0], read_image(tmp_path / "c.png", SIZE, 1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from farmer_examples.model import TrainingNoise, UnknownClassError
 from farmer_flow import AutoregressiveFlow, patchify
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 
@@ -221,6 +223,35 @@ def test_saving_keeps_every_number_and_config_json_rebuilds_the_model(disturb, t
     again = Farmer.from_pretrained(tmp_path)
     for ours, theirs in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("missing", ["whitening.mean", "flow.blocks.0.embed.bias"])
+def test_weights_that_are_incomplete_are_refused(tmp_path, missing):
+    make(whitening=True).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[missing]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match=re.escape(missing)):
+        Farmer.from_pretrained(tmp_path)
+
+
+def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path, monkeypatch):
+    model = make()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() >= {"config.json", "model.safetensors"}
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_model", full)
+    other = make(blocks=3)
+    with pytest.raises(OSError, match="no space"):
+        other.save_pretrained(tmp_path)
+    other.flow = Identity()
+    with pytest.raises(TypeError, match="COMPONENTS"):
+        other.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_config_that_names_an_unknown_component_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Everything appears whole or not at all."""
 
 import json
+import os
 
 import pytest
 from farmer_examples.storage import Checkpoint, checkpoints, find_model, prune, published
@@ -21,6 +22,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path):
+    (tmp_path / "checkpoints" / f".partial-{os.getpid()}-step-00000001" / "model").mkdir(parents=True)
+    (tmp_path / "checkpoints" / f".partial-{os.getpid()}-old-step-00000001" / "model").mkdir(parents=True)
+    save(tmp_path, 1, 3.0)
+    save(tmp_path, 1, 2.0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_failed_checkpoint_is_none(tmp_path):

@@ -10,9 +10,11 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from farmer_examples import Farmer, training
 from farmer_examples.config import load_config
 from farmer_examples.data import load_images
+from farmer_examples.evaluation import evaluate
 from farmer_examples.storage import checkpoints
 from farmer_examples.training import TrainingError, train
 from farmer_flow import patchify
@@ -26,7 +28,20 @@ SMALL = [
     "training.samples=0",
     "training.minutes=null",
     "training.evaluation_draws=1",
+    "model.whitening=false",
 ]
+
+
+def _reset_accelerate():
+    """Forget the precision, of which Accelerate allows one a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    _reset_accelerate()
+    yield
+    _reset_accelerate()
 
 
 def config(*overrides):
@@ -67,7 +82,7 @@ def test_training_lowers_the_held_out_bits(tmp_path):
 
 def test_whitening_is_fitted_to_the_training_images_before_the_first_step(tmp_path):
     course = train(config("training.steps=1", "model.whitening=true"), tmp_path)
-    plain = train(config("training.steps=1", "model.whitening=false"), tmp_path / "plain")
+    plain = train(config("training.steps=1"), tmp_path / "plain")
     assert course.history[0]["held_out"] < plain.history[0]["held_out"] - 0.5
     model = Farmer.from_pretrained(tmp_path / "best")
     images, _ = load_images("digits", split="train", image_size=8, channels=1, limit=64).__getitems__(range(64))
@@ -93,6 +108,23 @@ def test_resuming_is_exact(tmp_path):
     (ours, model), (theirs, other) = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert_same(ours, theirs)
     assert_same(model.state_dict(), other.state_dict())
+
+
+def test_a_training_at_its_end_stays_as_it_is(tmp_path, capsys):
+    train(config("training.steps=2"), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "config.yaml"}
+    assert train(config("training.steps=2"), tmp_path, resume=True).step == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "config.yaml"} == before
+    assert "is at its end, after 2 steps" in capsys.readouterr().out
+
+
+def test_every_step_takes_all_its_parts_also_across_epochs(tmp_path, monkeypatch):
+    """Three batches an epoch and two a step: four steps are eight batches, whatever epoch they are from."""
+    calls = []
+    original = Farmer.noised
+    monkeypatch.setattr(Farmer, "noised", lambda *a, **k: calls.append(1) or original(*a, **k))
+    train(config("training.steps=4", "training.batch_size=32", "training.accumulation=2", "data.limit=48"), tmp_path)
+    assert len(calls) == 8
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
@@ -150,9 +182,37 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(tmp_path
         train(config("training.steps=20"), tmp_path)
 
 
+def test_a_held_out_score_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkeypatch):
+    scores = iter([4.0, math.nan])
+
+    def poisoned(*arguments, **options):
+        return {**evaluate(*arguments, **options), "held_out": next(scores)}
+
+    monkeypatch.setattr(training, "evaluate", poisoned)
+    with pytest.raises(TrainingError, match=r"the held-out score became nan .* there is no checkpoint yet"):
+        train(config("training.steps=2"), tmp_path)
+    assert not checkpoints(tmp_path)
+
+
+def test_bfloat16_trains_almost_as_float32(tmp_path):
+    settings = ["training.steps=20", "training.lr=1e-2"]
+    exact = train(config(*settings), tmp_path / "fp32").history
+    _reset_accelerate()
+    rounded = train(config(*settings, "training.precision=bf16"), tmp_path / "bf16").history
+    assert rounded[-1]["held_out"] < rounded[0]["held_out"] - 0.3
+    assert rounded[-1]["held_out"] == pytest.approx(exact[-1]["held_out"], abs=0.05)
+    assert rounded[-1]["held_out"] != exact[-1]["held_out"]
+
+
+@pytest.mark.parametrize("samples", [0, 3, 25])
+def test_any_number_of_samples_is_drawn(tmp_path, samples):
+    train(config("training.steps=1", f"training.samples={samples}"), tmp_path)
+    assert (tmp_path / "samples").exists() == (samples > 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
 def test_a_precision_that_the_hardware_lacks_is_explained(tmp_path):
-    with pytest.raises(ValueError, match=r"training\.precision=fp16"):
+    with pytest.raises(ValueError, match=r"training\.precision=fp16: .*GPU"):
         train(config("training.precision=fp16"), tmp_path)
 
 

@@ -11,26 +11,30 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from farmer_examples.config import ConfigError, load_config, shipped_configs
-from farmer_examples.data import DataError, image_files, read_image
+from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
+from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
 from farmer_examples.likelihood import save_likelihoods
-from farmer_examples.model import Farmer, UnknownClassError
-from farmer_examples.sampling import save_samples
+from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
+from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
 from farmer_examples.training import TrainingError, resumed_config, train
 
 __all__ = ["main"]
 
-USER_ERRORS = (ConfigError, DataError, TrainingError, UnknownClassError, FloatingPointError, OSError)
+USER_ERRORS = (ConfigError, DataError, SamplingError, TrainingError, UnknownClassError, OSError)
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a user's mistake ends in a message and exit status 2."""
     logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
+        if options.command in (_sample, _likelihood) and options.config is not None:
+            options = parser.parse_args(_with_options(arguments, options))
         options.command(options)
     except USER_ERRORS as error:
         print(f"farmer: error: {error}", file=sys.stderr)
@@ -38,6 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("farmer: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _with_options(arguments: list[str], options: argparse.Namespace) -> list[str]:
+    """Put the options in the file of ``--config`` before those of the command line, so that the latter win."""
+    known = [name for name in vars(options) if name not in ("command", "config", "images")]
+    written: list[str] = []
+    for key, value in load_options(options.config, known).items():
+        if value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        written += ["--" + key.replace("_", "-"), *map(str, values)]
+    return [arguments[0], *written, *arguments[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,12 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "sample", _sample, "draw images, with their densities in a CSV")
     _add_checkpoint(command)
-    command.add_argument(
-        "--class", dest="classes", nargs="+", metavar="CLASS", help="by name or number, or none (all classes)"
-    )
+    command.add_argument("--class", nargs="+", metavar="CLASS", help="by name or number, or none (all classes)")
     command.add_argument("--count", type=_positive, default=100, help="images in all (100)")
     command.add_argument("--seed", type=int, default=0, help="same seed, same images (0)")
-    command.add_argument("--output", type=Path, default=Path("samples"), help="folder to write to (samples)")
+    command.add_argument("--output", type=Path, default=Path("samples"), help="new folder to write to (samples)")
     command.add_argument("--columns", type=_positive, default=10, help="of the grid (10)")
     command.add_argument("--files", action="store_true", help="also write each image to a file")
     command.add_argument("--batch-size", type=_positive, default=100, help="images drawn at once (100)")
@@ -69,10 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", type=Path, help="image files and folders of them")
     command.add_argument(
         "--class",
-        dest="label",
         default="none",
         metavar="CLASS",
         help="of all images, by name or number; none; or folder: each image's folder names it (none)",
+    )
+    command.add_argument(
+        "--on-corrupt",
+        choices=["raise", "skip"],
+        default="raise",
+        help="files that are no sound images: stop, or count",
     )
     command.add_argument("--draws", type=_positive, default=8, help="of the dequantisation noise (8)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (0)")
@@ -80,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=64, help="images scored at once (64)")
 
     command = _command(commands, "demo", _demo, "train on small digits and show the results, in minutes")
+    command.add_argument("--config", metavar="NAME", default="digits", help="as for train (digits)")
     command.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (runs/demo)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     return parser
@@ -99,6 +119,7 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="a run's folder (its best model), or a model's",
     )
+    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options, as in count: 40")
 
 
 def _positive(text: str) -> int:
@@ -126,12 +147,13 @@ def _load(checkpoint: Path) -> Farmer:
         model = Farmer.from_pretrained(folder)
     except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise OSError(f"the model in {folder} cannot be read: {error}") from error
-    return model.to(PartialState().device).eval()
+    return model.to(PartialState(cpu=lacks_float64()).device).eval()
 
 
 def _sample(options: argparse.Namespace) -> None:
     model = _load(options.checkpoint)
-    classes = [model.label(name) for name in options.classes or range(len(model.class_names)) or ["none"]]
+    chosen = getattr(options, "class") or range(len(model.class_names)) or ["none"]
+    classes = [model.label(name) for name in chosen]
     labels = torch.tensor(classes).repeat(-(-options.count // len(classes)))[: options.count]
     save_samples(
         model,
@@ -147,38 +169,28 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _likelihood(options: argparse.Namespace) -> None:
     model = _load(options.checkpoint)
-    paths = image_files(options.images)
-    names = [path.parent.name if options.label == "folder" else options.label for path in paths]
-    labels = torch.tensor([model.label(name) for name in names])
-    images = _Files(paths, model)
+    label = getattr(options, "class")
+    if label != "folder":
+        model.label(label)
+    paths, data = load_files(
+        options.images, image_size=model.image_size, channels=model.channels, on_corrupt=options.on_corrupt
+    )
+    data.labels = torch.tensor([model.label(path.parent.name if label == "folder" else label) for path in paths])
     bits = save_likelihoods(
         model,
         [str(path) for path in paths],
-        images,
-        labels,
+        data,
         options.output,
         draws=options.draws,
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    print(f"{len(bits)} images, {bits.mean():.4f} bits/dim on average: {options.output}")
-
-
-class _Files(torch.utils.data.Dataset[torch.Tensor]):
-    """Image files, brought to a model's size when they are asked for."""
-
-    def __init__(self, paths: list[Path], model: Farmer) -> None:
-        self.paths, self.size, self.channels = paths, model.image_size, model.channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return read_image(self.paths[index], self.size, self.channels)
+    skipped = f", {data.skipped} files skipped that are no sound images" if data.skipped else ""
+    print(f"{len(bits)} images, {bits.mean():.4f} bits/dim on average{skipped}: {options.output}")
 
 
 def _demo(options: argparse.Namespace) -> None:
-    demo(options.output, options.overrides)
+    demo(options.output, options.config, options.overrides)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from farmer_ar import LatentPrior
 from farmer_flow import AutoregressiveFlow
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from farmer_examples.data import ImageData, load_images
 from farmer_examples.model import Farmer, TrainingNoise
 
-__all__ = ["Config", "ConfigError", "load_config", "shipped_configs"]
+__all__ = ["Config", "ConfigError", "load_config", "load_options", "shipped_configs"]
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,17 @@ class Data(Section):
     on_corrupt: Literal["raise", "skip"] = "raise"
     limit: int | None = Field(default=None, ge=1)
     """Use only so many images of each split."""
+
+    def load(self, split: Literal["train", "test"]) -> ImageData:
+        """Return the images of a split; see :func:`~farmer_examples.data.load_images`."""
+        return load_images(split=split, **self.model_dump(exclude={"grey_levels", "flip"}))
+
+    @field_validator("class_names")
+    @classmethod
+    def _names_differ(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError("every class must have a name of its own")
+        return names
 
 
 class Flow(Section):
@@ -89,6 +101,9 @@ class Model(Section):
     """Let a linear map that whitens the patches, fitted before training, come before the flow."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Training(Section):
     """The course of the training."""
 
@@ -102,7 +117,7 @@ class Training(Section):
     lr: float = Field(default=1e-4, gt=0)
     final_lr: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=5000, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.03, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
@@ -112,7 +127,7 @@ class Training(Section):
     """Of matrix products; ``auto`` is bf16 where the hardware computes in it, else fp32."""
     workers: int = Field(default=0, ge=0)
     """Processes that decode images; needed only for data too large to hold in memory."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     evaluate_every: int = Field(default=1000, ge=1)
     """Steps between evaluations, each of which draws samples and writes a checkpoint."""
     evaluation_images: int | None = Field(default=None, ge=1)
@@ -210,14 +225,7 @@ def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
         if str(name) not in shipped:
             raise ConfigError(f"no configuration {str(name)!r}{_nearest(str(name), list(shipped))}")
         path = shipped[str(name)]
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold the sections {', '.join(Config.model_fields)}")
+    content = _read(path, f"the sections {', '.join(Config.model_fields)}")
     where = str(path)
     for override in overrides or []:
         _apply(content, override)
@@ -226,6 +234,31 @@ def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate(content)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, where) for item in error.errors())) from None
+
+
+def load_options(path: Path, known: list[str]) -> dict[str, Any]:
+    """Read a YAML file of a command's options.
+
+    Raises:
+        ConfigError: if it cannot be read or has a key that is none of the ``known``.
+    """
+    content = _read(path, f"some of the options {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} in {path}{_nearest(str(key), known)}")
+    return content
+
+
+def _read(path: Path, expected: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold {expected}")
+    return content
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

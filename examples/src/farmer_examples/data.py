@@ -17,10 +17,10 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
-from farmer_examples.sources import DataError, Split, find_images, open_source
+from farmer_examples.sources import DataError, Split, encoded_files, find_images, open_source
 from farmer_examples.torchvision_operators import torchvision
 
-__all__ = ["DataError", "ImageData", "image_files", "load_images", "read_image"]
+__all__ = ["DataError", "ImageData", "load_files", "load_images", "read_image"]
 
 v2 = torchvision.transforms.v2
 
@@ -95,8 +95,8 @@ def load_images(
 
     Args:
         source: "digits" (scikit-learn's, 8x8, 1,437 + 360); a folder of IDX files; a folder of images, flat
-            (unlabelled) or with a subfolder for each class, and optionally train/ and test/ (or validation/,
-            valid/, val/) above these; a path or glob of parquet files; or a hub id "owner/name".
+            (unlabelled) or with a subfolder for each class, and optionally train/ and validation/ (or valid/,
+            val/, test/) above these; a path or glob of parquet files; or a hub id "owner/name".
         split: "train", or "test" for the images that training must not see.
         image_size: Height and width of the images returned, in pixels.
         channels: 1 for grey, 3 for colour.
@@ -142,28 +142,47 @@ def load_images(
     return _decode(chosen, names, image_size, channels, on_corrupt, memory_limit)
 
 
-def image_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the given files, and the images in the given folders.
+def load_files(
+    paths: Sequence[str | Path],
+    *,
+    image_size: int,
+    channels: int,
+    on_corrupt: Literal["raise", "skip"] = "raise",
+) -> tuple[list[Path], ImageData]:
+    """Load files of images, after decoding each once to know that it is sound; they are not kept in memory.
 
     Args:
-        paths: Files, which are returned whatever their suffix, and folders, which are searched recursively
-            for files with the suffix of an image; other files in them, and hidden ones, are passed over.
+        paths: Files, whatever their suffix, and folders, which are searched recursively for files with the
+            suffix of an image; hidden files in them are passed over.
+        image_size: Height and width of the images returned, in pixels.
+        channels: 1 for grey, 3 for colour.
+        on_corrupt: "raise" an error that names a file that is no sound image, or "skip" and count it.
 
     Returns:
-        The paths in the order given, those within a folder sorted.
+        The paths of the images in the order given, those within a folder sorted; and the images, unlabelled.
 
     Raises:
-        DataError: If a path does not exist, or a folder holds no image.
+        DataError: If a path does not exist, a folder holds no image, or a file is no sound image.
     """
-    found: list[Path] = []
+    files: list[Path] = []
+    strays: list[Path] = []
     for path in map(Path, paths):
-        images = find_images(path)[0] if path.is_dir() else [path]
+        images, others = find_images(path) if path.is_dir() else ([path], [])
         if not path.exists():
             raise DataError(f"{path}: expected an image or a folder of images, found nothing")
         if not images:
             raise DataError(f"{path}: expected images in the folder, found none")
-        found.extend(images)
-    return found
+        files.extend(images)
+        strays.extend(others)
+    if on_corrupt == "raise":
+        _refuse_strays(strays)
+    labels = torch.full((len(files),), -1)
+    split = Split(encoded_files(files), labels, (), "the given files", torch.arange(len(files)))
+    undecoded = _Undecoded(split, image_size, channels)
+    sound = _decode_all(undecoded, None, on_corrupt)
+    undecoded = replace(undecoded, split=replace(split, rows=sound))
+    skipped = len(strays) + len(files) - len(sound)
+    return [files[row] for row in sound.tolist()], ImageData(undecoded, labels[sound], (), skipped)
 
 
 def read_image(path: str | Path, image_size: int, channels: int) -> torch.Tensor:

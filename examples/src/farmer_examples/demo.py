@@ -8,7 +8,7 @@ import torch
 from sklearn.svm import SVC
 
 from farmer_examples.config import load_config
-from farmer_examples.data import ImageData, load_images
+from farmer_examples.data import ImageData
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer
 from farmer_examples.pictures import grid, save_image
@@ -19,16 +19,17 @@ from farmer_examples.training import train
 __all__ = ["demo"]
 
 
-def demo(output: Path, overrides: list[str] | None = None) -> None:
-    """Train on scikit-learn's digits and show what came of it.
+def demo(output: Path, name: str = "digits", overrides: list[str] | None = None) -> None:
+    """Train on scikit-learn's digits, or go on with a demo that was interrupted, and show what came of it.
 
     Leaves ``samples.png``, ``curves.png`` and ``likelihood.csv`` in ``output``, beside the training itself, and
     prints the held-out bits/dim before and after, and the share of samples in which a classifier of real digits
     sees the requested class.
     """
-    course = train(load_config("digits", overrides), output)
+    config = load_config(name, overrides)
+    course = train(config, output, resume=True)
     model = Farmer.from_pretrained(find_model(output)).eval()
-    real, held_out = (load_images("digits", split=split, image_size=8, channels=1) for split in ("train", "test"))
+    real, held_out = config.data.load("train"), config.data.load("test")
 
     labels = torch.arange(500) % len(model.class_names)
     samples, _ = draw(model, labels, seed=0, batch_size=250)
@@ -37,9 +38,8 @@ def demo(output: Path, overrides: list[str] | None = None) -> None:
     accuracy = classifier.score(*_pixels(held_out))
     consistency = classifier.score(samples.flatten(1).numpy(), labels.numpy())
 
-    images, truth = held_out.__getitems__(range(len(held_out)))
     names = [f"held-out digit {index}" for index in range(len(held_out))]
-    bits = save_likelihoods(model, names, images, truth, output / "likelihood.csv")
+    bits = save_likelihoods(model, names, held_out, output / "likelihood.csv")
 
     before = course.history[0]["held_out"]
     print(f"""

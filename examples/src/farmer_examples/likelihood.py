@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from farmer_examples.data import ImageData
 from farmer_examples.model import Farmer
 from farmer_examples.storage import published
 
@@ -21,8 +23,7 @@ COLUMNS = ["image", "class", "nats_per_dim", "bits_per_dim", "bits_per_dim_error
 def save_likelihoods(
     model: Farmer,
     names: Sequence[str],
-    images: torch.utils.data.Dataset[Tensor],
-    labels: Tensor,
+    data: ImageData,
     output: Path,
     *,
     draws: int = 8,
@@ -37,8 +38,7 @@ def save_likelihoods(
     Args:
         model: on any device.
         names: of the images, for the first column.
-        images: the same number of uint8 ``(channels, size, size)`` tensors.
-        labels: ``(count,)``, negative for no class.
+        data: the images, and the classes under which to score them.
         output: the CSV.
         draws: of the noise.
         batch_size: images scored at once.
@@ -48,20 +48,19 @@ def save_likelihoods(
         The bits per dimension, ``(count,)``.
     """
     generator = Generator(model.device).manual_seed(seed)
-    loader = torch.utils.data.DataLoader(images, batch_size=batch_size)
-    position, scored = 0, []
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=data.collate)
+    remaining, scored = iter(names), []
     with published(output) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for batch in tqdm(loader, unit="batch", disable=len(loader) < 2):
-            part = labels[position : position + len(batch)]
-            scores = model.bits_per_dim(batch.to(model.device), part.to(model.device), draws=draws, generator=generator)
+        for images, labels in tqdm(loader, unit="batch", disable=len(loader) < 2):
+            scores = model.bits_per_dim(
+                images.to(model.device), labels.to(model.device), draws=draws, generator=generator
+            )
             nats = -scores.density.log_prob / model.dimensions
             columns = [nats, scores.mean, scores.standard_error, *scores.density]
-            for row, figures in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-                label = int(part[row])
+            for label, *figures in zip(labels.tolist(), *(c.tolist() for c in columns), strict=True):
                 name = model.class_names[label] if label >= 0 else "none"
-                writer.writerow([names[position + row], name, *(f"{figure:.6f}" for figure in figures)])
-            position += len(batch)
+                writer.writerow([next(remaining), name, *(f"{figure:.6f}" for figure in figures)])
             scored.append(scores.mean.cpu())
     return torch.cat(scored)

@@ -3,6 +3,7 @@
 import inspect
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,6 +64,11 @@ class TrainingNoise(NamedTuple):
     def deviation(self, progress: float) -> float:
         """Return the Gaussian's standard deviation after this share, 0 to 1, of the training."""
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def lacks_float64() -> bool:
+    """Whether the accelerator at hand cannot compute in float64, as Apple's: the CPU has to be used instead."""
+    return torch.backends.mps.is_available()
 
 
 def encode_component(module: nn.Module) -> dict[str, Any]:
@@ -167,12 +173,32 @@ class Farmer(
         last_reversed = getattr(flow.blocks[-1], "reverse", False) if hasattr(flow, "blocks") else False
         self._flip = final_permute and not last_reversed
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Save weights and config.json, each file appearing whole; options as in ``PyTorchModelHubMixin``.
+
+        Raises:
+            TypeError: if the flow or the prior is of a class that config.json could not name.
+        """
         for part in (self.flow, self.prior):
             if type(part) not in COMPONENTS.values():
                 name = type(part).__name__
                 raise TypeError(f"add {name} to farmer_examples.model.COMPONENTS to save a model that contains it")
-        super()._save_pretrained(save_directory)
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        if options.get("push_to_hub"):
+            options.setdefault("repo_id", target.name)
+        with TemporaryDirectory(prefix=".partial-", dir=target) as partial:
+            answer = super().save_pretrained(partial, **options)
+            for name in ("model.safetensors", "config.json"):
+                (Path(partial) / name).replace(target / name)
+            if not (target / "README.md").exists():
+                (Path(partial) / "README.md").replace(target / "README.md")
+        return answer
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> "Farmer":
+        """Refuse weights that lack a parameter, which the mixin would leave as initialised."""
+        return super()._from_pretrained(strict=strict, **options)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -13,7 +13,11 @@ from farmer_examples.model import Density, Farmer
 from farmer_examples.pictures import grid, save_image
 from farmer_examples.storage import published
 
-__all__ = ["draw", "save_samples"]
+__all__ = ["SamplingError", "draw", "save_samples"]
+
+
+class SamplingError(RuntimeError):
+    """Samples that cannot be drawn or kept; the message says why."""
 
 
 @torch.no_grad()
@@ -30,7 +34,7 @@ def draw(model: Farmer, labels: Tensor, *, seed: int, batch_size: int) -> tuple[
         uint8 ``(count, channels, size, size)``, and the density of the images before rounding to grey levels.
 
     Raises:
-        FloatingPointError: if the model's samples are not finite.
+        SamplingError: if the model's samples are not finite.
     """
     generator = Generator(model.device).manual_seed(seed)
     images, densities = [], []
@@ -38,7 +42,7 @@ def draw(model: Farmer, labels: Tensor, *, seed: int, batch_size: int) -> tuple[
         for part in labels.to(model.device).split(batch_size):
             drawn = model.sample(part, generator=generator)
             if not drawn.isfinite().all():
-                raise FloatingPointError("the model's samples are not finite: its training has diverged")
+                raise SamplingError("the model's samples are not finite: its training has diverged")
             images.append(model.to_uint8(drawn).cpu())
             densities.append(model(drawn, part))
             bar.update(len(part))
@@ -60,7 +64,12 @@ def save_samples(
 
     Each row of the CSV: index, class, log-likelihood, log p(z), log-determinant, all in nats, and nats per
     dimension. Arguments as in :func:`draw`, and the columns of the grid.
+
+    Raises:
+        SamplingError: as :func:`draw`, or if there is something in the folder: samples of two draws must not mix.
     """
+    if output.is_dir() and any(output.iterdir()):
+        raise SamplingError(f"the folder {output} is not empty: choose another, or remove it")
     images, density = draw(model, labels, seed=seed, batch_size=batch_size)
     names = [model.class_names[label] if label >= 0 else "none" for label in labels.tolist()]
     save_image(grid(images, columns, scale=max(1, 64 // model.image_size)), output / "grid.png")
@@ -73,4 +82,5 @@ def save_samples(
             writer.writerow([index, name, *figures])
     if files:
         for index, (name, image) in enumerate(zip(names, images, strict=True)):
-            save_image(image, output / name.replace("/", "-") / f"{index:06d}.png")
+            folder = name.replace("/", "-").strip(".") or "-"  # whatever a class is called, it stays in the output
+            save_image(image, output / folder / f"{index:06d}.png")

@@ -26,13 +26,15 @@ from sklearn.model_selection import train_test_split
 
 from farmer_examples.torchvision_operators import torchvision
 
-__all__ = ["DataError", "Split", "find_images", "open_source"]
+__all__ = ["DataError", "Split", "encoded_files", "find_images", "open_source"]
 
 UNDERSTOOD = (
     '"digits"; a folder of IDX files (train-images-idx3-ubyte[.gz], ...); a folder of images; '
     'a path or glob of .parquet files; a hub id "owner/name"'
 )
-TEST_SPLITS = ("test", "validation", "valid", "val")  # the first that a source has is its test split
+# The first of these that a source has is held out. The validation split comes first: the best checkpoint is chosen on
+# it, and large data sets publish their test split without labels.
+TEST_SPLITS = ("validation", "valid", "val", "test")
 IMAGE_SUFFIXES = {*ImageFolder.EXTENSIONS, ".avif"}
 HIDDEN = re.compile(r"\..*|__MACOSX")
 ORDINARY = re.compile(r"Thumbs\.db|desktop\.ini|(README|LICENSE)(\.\w+)?|metadata\.(csv|jsonl|parquet)", re.I)
@@ -191,11 +193,15 @@ def _open_classes(folder: Path) -> Split:
         if len(rows) != len(images):
             raise DataError(f"{folder}: expected metadata for {len(images)} images, found {len(rows)} rows")
         return replace(_split_of(rows, str(folder)), strays=tuple(strays))
-    encoded = datasets.Features({"image": datasets.Image(decode=False)})
-    rows = datasets.Dataset.from_dict({"image": [str(path) for path in images]}, features=encoded)
     number = {name: label for label, name in enumerate(classes)}
     labels = torch.tensor([-1 if loose else number[name] for name in of_image])
-    return Split(rows, labels, tuple(classes), str(folder), _all_rows(labels), tuple(strays))
+    return Split(encoded_files(images), labels, tuple(classes), str(folder), _all_rows(labels), tuple(strays))
+
+
+def encoded_files(paths: Sequence[Path]) -> datasets.Dataset:
+    """Return image files as rows, unread."""
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image": [str(path) for path in paths]}, features=features)
 
 
 def _subfolders(folder: Path) -> list[str]:

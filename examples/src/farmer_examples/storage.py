@@ -25,6 +25,7 @@ def published(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last, because writers choose the format by it
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    _remove(partial)  # of a process that was killed and had the same number
     try:
         yield partial
         if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced by a rename
@@ -34,15 +35,21 @@ def published(path: Path) -> Iterator[Path]:
         else:
             partial.replace(path)
     finally:
-        if partial.is_dir() and not partial.is_symlink():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _aside(path: Path) -> Path:
     """Rename a folder that is to go, so that a removal that is killed midway leaves nothing that looks whole."""
-    return path.rename(path.with_name(f".partial-{os.getpid()}-old-{path.name}"))
+    aside = path.with_name(f".partial-{os.getpid()}-old-{path.name}")
+    _remove(aside)
+    return path.rename(aside)
 
 
 class Checkpoint:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    set_seed,
+)
 from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
@@ -21,9 +27,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from farmer_examples.config import Config, ConfigError, load_config
-from farmer_examples.data import ImageData, load_images
 from farmer_examples.evaluation import evaluate
-from farmer_examples.model import Farmer
+from farmer_examples.model import Farmer, lacks_float64
 from farmer_examples.pictures import grid, save_curves, save_image
 from farmer_examples.storage import Checkpoint, checkpoints, prune, published
 
@@ -65,10 +70,12 @@ def train(config: Config, run: Path, *, resume: bool = False) -> Course:
     Args:
         config: see :class:`~farmer_examples.config.Config`.
         run: gets ``config.yaml``, ``checkpoints/``, ``best``, ``samples/``, ``curves.png`` and TensorBoard's ``logs/``.
-        resume: go on from the newest checkpoint in ``run``, if there is one.
+        resume: go on from the newest checkpoint in ``run``, if there is one; a training that is at its end stays as
+            it is.
 
     Raises:
-        TrainingError: if the loss is not finite, or ``run`` holds another training.
+        TrainingError: if the loss, the gradient or the held-out score is not finite, ``run`` holds another training, or
+            its newest checkpoint does not fit the configuration.
         DataError: if the images cannot be read.
     """
     return Trainer(config, run, resume=resume).train()
@@ -96,12 +103,19 @@ def _mixed_precision(precision: str) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def short_attention(model: Farmer) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def short_attention(model: Farmer) -> Iterator[None]:
     """Choose plain matrix products over the fused attention for short sequences on a CPU, where they are faster."""
-    if model.device.type == "cpu" and (model.image_size // model.patch_size) ** 2 <= SHORT_SEQUENCE:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name also for the CPU
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
+    if model.device.type != "cpu" or (model.image_size // model.patch_size) ** 2 > SHORT_SEQUENCE:
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name also for the CPU
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 class Trainer:
@@ -115,7 +129,11 @@ class Trainer:
         try:
             self.accelerator = Accelerator(
                 mixed_precision=_mixed_precision(settings.precision),
-                gradient_accumulation_steps=settings.accumulation,
+                # every step takes all its parts, also across the end of an epoch
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=settings.accumulation, sync_with_dataloader=False
+                ),
+                cpu=lacks_float64(),
                 dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
                 log_with="tensorboard",
                 project_dir=run,
@@ -124,7 +142,7 @@ class Trainer:
             raise ConfigError(f"training.precision={settings.precision}: {error}") from error
         set_seed(settings.seed)
         with self.accelerator.main_process_first():
-            self.data, self.held_out = (self._load(split) for split in ("train", "test"))
+            self.data, self.held_out = config.data.load("train"), config.data.load("test")
         for name, part in [("training", self.data), ("held-out", self.held_out)]:
             if part.skipped:
                 self.accelerator.print(
@@ -166,11 +184,14 @@ class Trainer:
         count = min(len(self.data), -(-WHITENED_TOKENS // model.flow.length))
         images, _ = self.data.__getitems__([i * len(self.data) // count for i in range(count)])
         generator = Generator().manual_seed(self.config.training.seed)
-        model.fit_whitening(model.noised(images, progress=1.0, generator=generator))
+        model.fit_whitening(model.noised(images, progress=0.0, generator=generator))
 
     def train(self) -> Course:
         """Run to the end of the schedule."""
         settings, course, accelerator = self.config.training, self.course, self.accelerator
+        if course.step and self._progress(course.seconds) >= 1:
+            accelerator.print(f"the training in {self.run} is at its end, after {course.step} steps")
+            return course
         accelerator.init_trackers("logs")
         bar = tqdm(
             total=settings.steps,
@@ -239,7 +260,7 @@ class Trainer:
                 figures["grad_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if accelerator.sync_gradients:
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 self.ema.update_parameters(model)
         return value, figures
 
@@ -276,6 +297,8 @@ class Trainer:
                 draws=settings.evaluation_draws,
                 seed=settings.seed,
             )
+        if not math.isfinite(scores["held_out"]):
+            raise TrainingError(self._diverged("held-out score", scores["held_out"]))
         unit = "bits/dim" if model.noise.kind == "uniform" else "nats/dim at the training noise"
         if train is not None and unit == "bits/dim":
             train = self._bits(train)
@@ -295,7 +318,7 @@ class Trainer:
         model: Farmer = self.ema.module
         classes = max(1, len(model.class_names))
         columns = min(classes, 10) if classes > 1 else 8
-        labels = torch.arange(settings.samples // columns * columns) % classes - (0 if model.class_names else 1)
+        labels = torch.arange(settings.samples) % classes - (0 if model.class_names else 1)
         generator = Generator(model.device).manual_seed(settings.seed)
         images = model.sample(labels.to(model.device), generator=generator)
         if not images.isfinite().all():
@@ -320,7 +343,13 @@ class Trainer:
     def _resume(self, resume: bool) -> None:
         saved = checkpoints(self.run) if resume else []
         if saved:
-            self.accelerator.load_state(str(saved[-1].state))
+            try:
+                self.accelerator.load_state(str(saved[-1].state))
+            except (RuntimeError, ValueError, KeyError, OSError) as error:
+                raise TrainingError(
+                    f"{saved[-1].path} cannot be resumed: {error}. Either the configuration describes another model "
+                    f"than {self.run / CONFIG}, or the checkpoint is damaged: remove it to resume the one before"
+                ) from error
             self.accelerator.print(f"resuming from {saved[-1].path}")
         if self.accelerator.is_main_process:
             with published(self.run / CONFIG) as partial:
@@ -356,20 +385,6 @@ class Trainer:
         return (
             f"the {what} became {value} at step {self.course.step + 1}; {left}. "
             "Nothing was written over. A lower training.lr or training.max_grad_norm, or fp32, may help"
-        )
-
-    def _load(self, split: Any) -> ImageData:
-        data = self.config.data
-        return load_images(
-            data.source,
-            split=split,
-            image_size=data.image_size,
-            channels=data.channels,
-            class_names=data.class_names,
-            test_source=data.test_source,
-            held_out=data.held_out,
-            on_corrupt=data.on_corrupt,
-            limit=data.limit,
         )
 
     def _check_batch(self) -> None:
