@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -140,6 +141,8 @@ class Trainer:
             )
         except ValueError as error:  # a precision that the hardware lacks
             raise ConfigError(f"training.precision={settings.precision}: {error}") from error
+        if settings.precision == "fp16" and self.accelerator.device.type == "cpu":  # Accelerate would take fp32
+            raise ConfigError("training.precision=fp16 needs a GPU: take bf16, fp32 or auto")
         set_seed(settings.seed)
         with self.accelerator.main_process_first():
             self.data, self.held_out = config.data.load("train"), config.data.load("test")
@@ -346,8 +349,9 @@ class Trainer:
             try:
                 self.accelerator.load_state(str(saved[-1].state))
             except (RuntimeError, ValueError, KeyError, OSError) as error:
+                reason = textwrap.shorten(str(error), 200, placeholder=" ...")
                 raise TrainingError(
-                    f"{saved[-1].path} cannot be resumed: {error}. Either the configuration describes another model "
+                    f"{saved[-1].path} cannot be resumed: {reason}. Either the configuration describes another model "
                     f"than {self.run / CONFIG}, or the checkpoint is damaged: remove it to resume the one before"
                 ) from error
             self.accelerator.print(f"resuming from {saved[-1].path}")
