@@ -64,14 +64,24 @@ def test_options_may_stand_in_a_file_and_the_command_line_wins(run, tmp_path, ca
     main([*sample, "--output", str(tmp_path / "a"), "--count", "5"])
     assert [row["class"] for row in rows(tmp_path / "a" / "samples.csv")] == ["3", "none", "3", "none", "3"]
     assert len(list((tmp_path / "a").rglob("0*.png"))) == 5
-    file.write_text("cuont: 4")
-    with pytest.raises(SystemExit):
-        main([*sample, "--output", str(tmp_path / "b")])
-    assert f"unknown key 'cuont' in {file}; did you mean 'count'?" in capsys.readouterr().err
-    file.write_text("draws: 2\non_corrupt: skip\nclass: 4")
+    main([*sample, "--output", str(tmp_path / "c"), "--no-files"])
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"grid.png", "samples.csv"}
+    for content, message in [
+        ("cuont: 4", f"unknown key 'cuont' in {file}; did you mean 'count'?"),
+        ("count: many", "--count: must be a whole number of at least 1, got 'many'"),
+        ("class: no", f"class = False in {file}: expected text or a number"),
+        ("output: null", f"output = None in {file}"),
+        ("count: [1, 2]", f"count = [1, 2] in {file}"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            main([*sample, "--output", str(tmp_path / "b")])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    file.write_text(f"draws: 2\non_corrupt: skip\nclass: 4\ncheckpoint: {run}")
     images = str(tmp_path / "a")
     output = tmp_path / "l.csv"
-    main(["likelihood", "--checkpoint", str(run), images, "--config", str(file), "--output", str(output)])
+    main(["likelihood", images, "--config", str(file), "--output", str(output)])
     assert [row["class"] for row in rows(output)] == ["4"] * 6  # the grid is an image, too
     assert "6 images" in (printed := capsys.readouterr().out)
     assert "1 files skipped" in printed
@@ -142,7 +152,10 @@ def test_mistakes_end_in_a_message(run, tmp_path, capsys):
         (["sample", *model, "--output", str(run)], "is not empty"),
         (["train", "--output", str(run), "--resume", "training.steps=9", "model.flow.width=32"], "cannot be resumed"),
         (["train", "--output", str(run), "--resume", "training.steps=9", "model.whitening=true"], "cannot be resumed"),
-        (["likelihood", *model, str(tmp_path), "--class", "eleven"], "no class 'eleven'"),
+        (["sample"], "--checkpoint"),
+        (["demo", "--config", "cifar10"], "needs data.source=digits"),
+        (["likelihood", *model, str(tmp_path / "broken.png"), "--class", "eleven"], "no class 'eleven'"),
+        (["likelihood", *model, str(tmp_path / "broken.png"), "--class", "folder"], "no class"),
         (["likelihood", *model, str(tmp_path / "none.png"), *output], "none.png"),
         (["likelihood", *model, str(tmp_path / "empty"), *output], "empty"),
         (["likelihood", *model, str(tmp_path / "broken.png"), *output], "broken.png"),

@@ -235,6 +235,20 @@ def test_weights_that_are_incomplete_are_refused(tmp_path, missing):
         Farmer.from_pretrained(tmp_path)
 
 
+def test_a_push_that_fails_leaves_the_model_on_disk(tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(self, repo_id, **options):
+        asked.append((repo_id, options))
+        raise ConnectionError
+
+    monkeypatch.setattr(Farmer, "push_to_hub", unreachable)
+    with pytest.raises(ConnectionError):
+        make().save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert asked == [("mine", {"private": True})]
+    assert Farmer.from_pretrained(tmp_path / "mine").class_names == ["cat", "dog"]
+
+
 def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path, monkeypatch):
     model = make()
     model.save_pretrained(tmp_path)

@@ -112,10 +112,19 @@ def test_resuming_is_exact(tmp_path):
 
 def test_a_training_at_its_end_stays_as_it_is(tmp_path, capsys):
     train(config("training.steps=2"), tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "config.yaml"}
-    assert train(config("training.steps=2"), tmp_path, resume=True).step == 2
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "config.yaml"} == before
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train(config("training.steps=2", "training.lr=1"), tmp_path, resume=True).step == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "is at its end, after 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file):
+    train(config("training.steps=1"), tmp_path)
+    path = checkpoints(tmp_path)[-1].state / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(TrainingError, match=r"step-00000001 cannot be resumed: .*remove it"):
+        train(config("training.steps=2"), tmp_path, resume=True)
 
 
 def test_every_step_takes_all_its_parts_also_across_epochs(tmp_path, monkeypatch):
@@ -189,7 +198,7 @@ def test_a_held_out_score_that_is_not_finite_stops_before_it_is_saved(tmp_path, 
         return {**evaluate(*arguments, **options), "held_out": next(scores)}
 
     monkeypatch.setattr(training, "evaluate", poisoned)
-    with pytest.raises(TrainingError, match=r"the held-out score became nan .* there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"the held-out score became nan at step 2; there is no checkpoint yet"):
         train(config("training.steps=2"), tmp_path)
     assert not checkpoints(tmp_path)
 
@@ -205,8 +214,12 @@ def test_bfloat16_trains_almost_as_float32(tmp_path):
 
 
 @pytest.mark.parametrize("samples", [0, 3, 25])
-def test_any_number_of_samples_is_drawn(tmp_path, samples):
+def test_any_number_of_samples_is_drawn(tmp_path, monkeypatch, samples):
+    drawn = []
+    original = Farmer.sample
+    monkeypatch.setattr(Farmer, "sample", lambda *a, **k: drawn.append(original(*a, **k)) or drawn[-1])
     train(config("training.steps=1", f"training.samples={samples}"), tmp_path)
+    assert [len(images) for images in drawn] == ([samples] * 2 if samples else [])
     assert (tmp_path / "samples").exists() == (samples > 0)
 
 

@@ -194,11 +194,11 @@ def test_distribution_has_the_flows_density(flow):
     assert transform != FlowTransform(flow)
 
 
-def test_distribution_runs_the_flow_once(flow):
+def test_a_cache_lets_the_distribution_run_the_flow_once(flow):
     calls = []
     flow.register_forward_hook(lambda *_: calls.append(1))
     base = Independent(Normal(torch.zeros(LENGTH, DIM).double(), 1.0), 2)
-    TransformedDistribution(base, FlowTransform(flow)).log_prob(tokens())
+    TransformedDistribution(base, FlowTransform(flow, cache_size=1)).log_prob(tokens())
     assert len(calls) == 1
 
 
@@ -213,6 +213,11 @@ def test_distribution_follows_the_flows_training(flow):
         torch.testing.assert_close(log_prob, base.log_prob(z) + logdet)
         (-log_prob.sum()).backward()
         optimizer.step()
+    latents = density.transforms[0].inv(x)
+    with torch.no_grad():
+        flow.blocks[0].out.bias.add_(0.1)
+    expected = flow(x)[1]
+    torch.testing.assert_close(density.transforms[0].log_abs_det_jacobian(latents, x), -expected)
 
 
 def test_saving_and_loading_keeps_the_numbers(flow, tmp_path):

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
-from farmer_examples.data import DataError, load_files
+from farmer_examples.data import DataError, find_files, load_files
 from farmer_examples.demo import demo
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
@@ -33,8 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        if options.command in (_sample, _likelihood) and options.config is not None:
-            options = parser.parse_args(_with_options(arguments, options))
+        if options.command in (_sample, _likelihood):
+            if options.config is not None:
+                options = parser.parse_args(_with_options(arguments, options))
+            if options.checkpoint is None:
+                raise ConfigError("name a run or a model with --checkpoint")
         options.command(options)
     except USER_ERRORS as error:
         print(f"farmer: error: {error}", file=sys.stderr)
@@ -49,10 +52,16 @@ def _with_options(arguments: list[str], options: argparse.Namespace) -> list[str
     known = [name for name in vars(options) if name not in ("command", "config", "images")]
     written: list[str] = []
     for key, value in load_options(options.config, known).items():
-        if value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        written += ["--" + key.replace("_", "-"), *map(str, values)]
+        flag = key.replace("_", "-")
+        values = value if isinstance(value, list) and key == "class" and options.command is _sample else [value]
+        if isinstance(value, bool) and key == "files":
+            written.append(f"--{flag}" if value else f"--no-{flag}")
+        elif values and all(isinstance(item, str | int) and not isinstance(item, bool) for item in values):
+            written += [f"--{flag}", *map(str, values)]
+        else:
+            raise ConfigError(
+                f"{key} = {value!r} in {options.config}: expected text or a number; quote yes, no and null"
+            )
     return [arguments[0], *written, *arguments[1:]]
 
 
@@ -75,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="same seed, same images (0)")
     command.add_argument("--output", type=Path, default=Path("samples"), help="new folder to write to (samples)")
     command.add_argument("--columns", type=_positive, default=10, help="of the grid (10)")
-    command.add_argument("--files", action="store_true", help="also write each image to a file")
+    command.add_argument(
+        "--files", action=argparse.BooleanOptionalAction, default=False, help="also write each image to a file"
+    )
     command.add_argument("--batch-size", type=_positive, default=100, help="images drawn at once (100)")
 
     command = _command(commands, "likelihood", _likelihood, "score images, a CSV row each")
@@ -99,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=64, help="images scored at once (64)")
 
     command = _command(commands, "demo", _demo, "train on small digits and show the results, in minutes")
-    command.add_argument("--config", metavar="NAME", default="digits", help="as for train (digits)")
+    command.add_argument("--config", metavar="NAME", default="digits", help="a configuration of the digits (digits)")
     command.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (runs/demo)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     return parser
@@ -114,7 +125,6 @@ def _command(commands, name, run, summary):  # type: ignore[no-untyped-def]  # a
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
-        required=True,
         type=Path,
         metavar="RUN",
         help="a run's folder (its best model), or a model's",
@@ -123,10 +133,9 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -169,13 +178,17 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _likelihood(options: argparse.Namespace) -> None:
     model = _load(options.checkpoint)
-    label = getattr(options, "class")
-    if label != "folder":
-        model.label(label)
+
+    def label(path: Path) -> int:
+        name = getattr(options, "class")
+        return model.label(path.parent.name if name == "folder" else name)
+
+    for path in find_files(options.images)[0]:  # before any is decoded
+        label(path)
     paths, data = load_files(
         options.images, image_size=model.image_size, channels=model.channels, on_corrupt=options.on_corrupt
     )
-    data.labels = torch.tensor([model.label(path.parent.name if label == "folder" else label) for path in paths])
+    data.labels = torch.tensor([label(path) for path in paths])
     bits = save_likelihoods(
         model,
         [str(path) for path in paths],

@@ -33,7 +33,7 @@ class Data(Section):
     source: str
     """``digits``, a folder of IDX files or images, a glob of parquet files, or a hub id."""
     test_source: str | None = None
-    """The held-out images, where ``source`` has no split of its own for them."""
+    """The held-out images, in place of a split of ``source``."""
     image_size: int = Field(ge=1)
     channels: Literal[1, 3] = 3
     grey_levels: int = Field(default=256, ge=2, le=256)

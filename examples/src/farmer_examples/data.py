@@ -20,7 +20,7 @@ from tqdm import tqdm
 from farmer_examples.sources import DataError, Split, encoded_files, find_images, open_source
 from farmer_examples.torchvision_operators import torchvision
 
-__all__ = ["DataError", "ImageData", "load_files", "load_images", "read_image"]
+__all__ = ["DataError", "ImageData", "find_files", "load_files", "load_images", "read_image"]
 
 v2 = torchvision.transforms.v2
 
@@ -101,8 +101,9 @@ def load_images(
         image_size: Height and width of the images returned, in pixels.
         channels: 1 for grey, 3 for colour.
         class_names: Names in the order of the labels, in place of the source's own.
-        test_source: A second source for the test split: its own test split where it has one, else all of it.
-        held_out: Where neither source has a test split, the fraction of the images that is kept for it.
+        test_source: A second source for the test split, in place of the source's own: the second's test split where
+            it has one, else all of it.
+        held_out: Where there is neither, the fraction of the images that is kept for it.
         seed: Decides which images are held out, and which are taken under a `limit`.
         on_corrupt: "raise" an error that names a file that is no sound image, or "skip" and count it. To
             count exactly, "skip" decodes a set that exceeds `memory_limit` once through before it returns;
@@ -142,27 +143,18 @@ def load_images(
     return _decode(chosen, names, image_size, channels, on_corrupt, memory_limit)
 
 
-def load_files(
-    paths: Sequence[str | Path],
-    *,
-    image_size: int,
-    channels: int,
-    on_corrupt: Literal["raise", "skip"] = "raise",
-) -> tuple[list[Path], ImageData]:
-    """Load files of images, after decoding each once to know that it is sound; they are not kept in memory.
+def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Return the given files and the images in the given folders, and the other files in the folders.
 
     Args:
         paths: Files, whatever their suffix, and folders, which are searched recursively for files with the
             suffix of an image; hidden files in them are passed over.
-        image_size: Height and width of the images returned, in pixels.
-        channels: 1 for grey, 3 for colour.
-        on_corrupt: "raise" an error that names a file that is no sound image, or "skip" and count it.
 
     Returns:
-        The paths of the images in the order given, those within a folder sorted; and the images, unlabelled.
+        The images in the order given, those within a folder sorted; and what else the folders hold.
 
     Raises:
-        DataError: If a path does not exist, a folder holds no image, or a file is no sound image.
+        DataError: If a path does not exist, or a folder holds no image.
     """
     files: list[Path] = []
     strays: list[Path] = []
@@ -174,6 +166,31 @@ def load_files(
             raise DataError(f"{path}: expected images in the folder, found none")
         files.extend(images)
         strays.extend(others)
+    return files, strays
+
+
+def load_files(
+    paths: Sequence[str | Path],
+    *,
+    image_size: int,
+    channels: int,
+    on_corrupt: Literal["raise", "skip"] = "raise",
+) -> tuple[list[Path], ImageData]:
+    """Load files of images, after decoding each once to know that it is sound; they are not kept in memory.
+
+    Args:
+        paths: As in `find_files`.
+        image_size: Height and width of the images returned, in pixels.
+        channels: 1 for grey, 3 for colour.
+        on_corrupt: "raise" an error that names a file that is no sound image, or "skip" and count it.
+
+    Returns:
+        The paths of the sound images, and the images, unlabelled.
+
+    Raises:
+        DataError: As `find_files`, or if a file is no sound image.
+    """
+    files, strays = find_files(paths)
     if on_corrupt == "raise":
         _refuse_strays(strays)
     labels = torch.full((len(files),), -1)
@@ -369,5 +386,5 @@ def _refuse_strays(strays: Sequence[Path]) -> None:
         shown = ", ".join(map(str, strays[:5])) + (", ..." if len(strays) > 5 else "")
         raise DataError(
             f"expected only images, found {len(strays)} other file(s): {shown}; "
-            "remove them, or let them be skipped and counted"
+            "remove them, or let them be skipped and counted: on_corrupt=skip"
         )

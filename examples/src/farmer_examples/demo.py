@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from sklearn.svm import SVC
 
-from farmer_examples.config import load_config
+from farmer_examples.config import ConfigError, load_config
 from farmer_examples.data import ImageData
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer
@@ -27,6 +27,8 @@ def demo(output: Path, name: str = "digits", overrides: list[str] | None = None)
     sees the requested class.
     """
     config = load_config(name, overrides)
+    if config.data.source != "digits":
+        raise ConfigError(f"the demo judges digits, and needs data.source=digits, not {config.data.source}")
     course = train(config, output, resume=True)
     model = Farmer.from_pretrained(find_model(output)).eval()
     real, held_out = config.data.load("train"), config.data.load("test")

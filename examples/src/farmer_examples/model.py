@@ -173,8 +173,15 @@ class Farmer(
         last_reversed = getattr(flow.blocks[-1], "reverse", False) if hasattr(flow, "blocks") else False
         self._flip = final_permute and not last_reversed
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Save weights and config.json, each file appearing whole; options as in ``PyTorchModelHubMixin``.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Save weights and config.json, each file appearing whole; arguments as in ``PyTorchModelHubMixin``.
 
         Raises:
             TypeError: if the flow or the prior is of a class that config.json could not name.
@@ -185,15 +192,14 @@ class Farmer(
                 raise TypeError(f"add {name} to farmer_examples.model.COMPONENTS to save a model that contains it")
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        if options.get("push_to_hub"):
-            options.setdefault("repo_id", target.name)
         with TemporaryDirectory(prefix=".partial-", dir=target) as partial:
-            answer = super().save_pretrained(partial, **options)
+            card = {name: options.pop(name) for name in ("config", "model_card_kwargs") if name in options}
+            super().save_pretrained(partial, **card)
             for name in ("model.safetensors", "config.json"):
                 (Path(partial) / name).replace(target / name)
             if not (target / "README.md").exists():
                 (Path(partial) / "README.md").replace(target / "README.md")
-        return answer
+        return self.push_to_hub(repo_id or target.name, **card, **options) if push_to_hub else None
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> "Farmer":

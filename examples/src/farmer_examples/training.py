@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
+from safetensors import SafetensorError
 from torch import Generator, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
@@ -195,6 +197,9 @@ class Trainer:
         if course.step and self._progress(course.seconds) >= 1:
             accelerator.print(f"the training in {self.run} is at its end, after {course.step} steps")
             return course
+        if accelerator.is_main_process:
+            with published(self.run / CONFIG) as partial:
+                partial.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
         accelerator.init_trackers("logs")
         bar = tqdm(
             total=settings.steps,
@@ -253,13 +258,13 @@ class Trainer:
             loss = -density.log_prob.mean() / model.dimensions
             value = loss.item()
             if not math.isfinite(value):
-                raise TrainingError(self._diverged("loss", value))
+                raise TrainingError(self._diverged("loss", value, course.step + 1))
             accelerator.backward(loss)
             figures = {"loss": value, "logdet": density.logdet.mean().item() / model.dimensions}
             if accelerator.sync_gradients:
                 norm = float(accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
                 if not math.isfinite(norm) and settings.precision != "fp16":  # whose scaler passes over such steps
-                    raise TrainingError(self._diverged("gradient", norm))
+                    raise TrainingError(self._diverged("gradient", norm, course.step + 1))
                 figures["grad_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -301,7 +306,7 @@ class Trainer:
                 seed=settings.seed,
             )
         if not math.isfinite(scores["held_out"]):
-            raise TrainingError(self._diverged("held-out score", scores["held_out"]))
+            raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         unit = "bits/dim" if model.noise.kind == "uniform" else "nats/dim at the training noise"
         if train is not None and unit == "bits/dim":
             train = self._bits(train)
@@ -348,16 +353,13 @@ class Trainer:
         if saved:
             try:
                 self.accelerator.load_state(str(saved[-1].state))
-            except (RuntimeError, ValueError, KeyError, OSError) as error:
+            except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError, SafetensorError) as error:
                 reason = textwrap.shorten(str(error), 200, placeholder=" ...")
                 raise TrainingError(
                     f"{saved[-1].path} cannot be resumed: {reason}. Either the configuration describes another model "
                     f"than {self.run / CONFIG}, or the checkpoint is damaged: remove it to resume the one before"
                 ) from error
             self.accelerator.print(f"resuming from {saved[-1].path}")
-        if self.accelerator.is_main_process:
-            with published(self.run / CONFIG) as partial:
-                partial.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
 
     def _show(self, bar: tqdm[Any], loss: float, figures: dict[str, float], progress: float) -> None:
         settings, course = self.config.training, self.course
@@ -383,11 +385,11 @@ class Trainer:
         """Turn the loss under uniform dequantisation, in nats a dimension, into bits a dimension."""
         return (nats - math.log(2 / self.config.data.grey_levels)) / math.log(2)
 
-    def _diverged(self, what: str, value: float) -> str:
+    def _diverged(self, what: str, value: float, step: int) -> str:
         saved = checkpoints(self.run)
         left = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
         return (
-            f"the {what} became {value} at step {self.course.step + 1}; {left}. "
+            f"the {what} became {value} at step {step}; {left}. "
             "Nothing was written over. A lower training.lr or training.max_grad_norm, or fp32, may help"
         )
 

@@ -27,8 +27,8 @@ class FlowTransform(Transform):
     Args:
         flow: an :class:`~farmer_flow.AutoregressiveFlow`, or anything with its ``forward`` and ``inverse``.
         labels: ``(batch,)`` classes of the sequences, or None.
-        cache_size: as in every torch transform; 1 keeps the last pair, which is right only while the flow's
-            parameters do not change.
+        cache_size: 1 keeps the last pair and its log-determinant, so that ``log_prob`` runs the flow once and not
+            twice; as in every torch transform, right only while the flow's parameters do not change.
 
     Example:
         >>> import torch
@@ -49,8 +49,7 @@ class FlowTransform(Transform):
     def __init__(self, flow: Flow, labels: Tensor | None = None, *, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.flow, self.labels = flow, labels
-        # data and the log-determinant of its forward pass, for log_prob, which asks for one right after the other
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # data and the log-determinant of its forward pass
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         """Return the same transform with another cache size."""
@@ -66,10 +65,12 @@ class FlowTransform(Transform):
 
     def _inverse(self, x: Tensor) -> Tensor:
         z, logdet = self.flow(x, self.labels)
-        self._last = (x, logdet)
+        if self._cache_size:
+            self._last = (x, logdet)
         return z
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log|det dy/dx|``, ``(batch,)``, for latents ``x`` and their data ``y``, ``(batch, length, dim)``."""
-        last, self._last = self._last, None
-        return -(last[1] if last is not None and last[0] is y else self.flow(y, self.labels)[1])
+        if self._last is not None and self._last[0] is y:
+            return -self._last[1]
+        return -self.flow(y, self.labels)[1]

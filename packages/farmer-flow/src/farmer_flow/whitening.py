@@ -105,7 +105,9 @@ class Whitening(nn.Module):
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in exact.items():  # moved, but not rounded
-            setattr(self, name, buffer.to(getattr(self, name).device))
+            device = getattr(self, name).device
+            moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            setattr(self, name, moved)
         return self
 
     def _checked(self, tokens: Tensor) -> Tensor:
