@@ -27,6 +27,12 @@ def test_sizes_are_those_of_the_papers_table_1(name, part, millions, tolerance):
     assert count == pytest.approx(1e6 * millions, rel=tolerance)
 
 
+def test_the_cifar_model_has_the_size_of_its_comment():
+    with torch.device("meta"):
+        model = load_config("cifar10").build([str(label) for label in range(10)])
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(12.7e6, rel=0.005)
+
+
 def test_overrides_are_read_as_yaml():
     config = load_config(
         "digits", ["training.lr=1e-3", "training.noise.kind=gaussian", "data.limit=7", "data.flip=true"]
