@@ -103,7 +103,7 @@ class Whitening(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Whitening:
         exact = dict(self.named_buffers())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         for name, buffer in exact.items():  # moved, but not rounded
             device = getattr(self, name).device
             moved = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
