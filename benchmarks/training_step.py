@@ -21,7 +21,7 @@ def main():
         nargs="+",
         choices=["float32", "bfloat16"],
         default=["float32", "bfloat16"] if computes_in_bf16() else ["float32"],
-        help="what the hardware computes in; bfloat16 that is emulated takes hundreds of times as long",
+        help="what the hardware computes in; emulated bfloat16 takes about a hundred times as long",
     )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

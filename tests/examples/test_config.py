@@ -9,7 +9,8 @@ from farmer_examples.config import ConfigError, load_config, shipped_configs
 def test_every_shipped_configuration_builds(name):
     config = load_config(name)
     with torch.device("meta"):
-        config.build([str(label) for label in range(10)])
+        model = config.build([str(label) for label in range(10)])
+    assert model.flow.length * model.flow.dim == model.dimensions == config.data.channels * config.data.image_size**2
 
 
 @pytest.mark.parametrize(

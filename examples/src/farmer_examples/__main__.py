@@ -12,7 +12,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
-from farmer_examples.data import DataError, find_files, load_files
+from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
@@ -183,12 +183,13 @@ def _likelihood(options: argparse.Namespace) -> None:
         name = getattr(options, "class")
         return model.label(path.parent.name if name == "folder" else name)
 
-    for path in find_files(options.images)[0]:  # before any is decoded
-        label(path)
     paths, data = load_files(
-        options.images, image_size=model.image_size, channels=model.channels, on_corrupt=options.on_corrupt
+        options.images,
+        image_size=model.image_size,
+        channels=model.channels,
+        label=label,
+        on_corrupt=options.on_corrupt,
     )
-    data.labels = torch.tensor([label(path) for path in paths])
     bits = save_likelihoods(
         model,
         [str(path) for path in paths],

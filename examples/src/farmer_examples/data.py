@@ -5,7 +5,7 @@ Once into memory when they are few and image by image otherwise. Where they come
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from farmer_examples.sources import DataError, Split, encoded_files, find_images, open_source
 from farmer_examples.torchvision_operators import torchvision
 
-__all__ = ["DataError", "ImageData", "find_files", "load_files", "load_images", "read_image"]
+__all__ = ["DataError", "ImageData", "load_files", "load_images", "read_image"]
 
 v2 = torchvision.transforms.v2
 
@@ -67,6 +67,11 @@ class ImageData(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         positions = torch.as_tensor(indices, dtype=torch.int64)
         labels = self.labels[positions]
         return self.pixels[positions], labels
+
+    def spread(self, count: int) -> list[int]:
+        """Return `count` positions evenly spread over the images; those of all where there are fewer."""
+        count = min(len(self), count)
+        return [i * len(self) // count for i in range(count)]
 
     @staticmethod
     def collate(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,18 +148,29 @@ def load_images(
     return _decode(chosen, names, image_size, channels, on_corrupt, memory_limit)
 
 
-def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Return the given files and the images in the given folders, and the other files in the folders.
+def load_files(
+    paths: Sequence[str | Path],
+    *,
+    image_size: int,
+    channels: int,
+    label: Callable[[Path], int] = lambda path: -1,
+    on_corrupt: Literal["raise", "skip"] = "raise",
+) -> tuple[list[Path], ImageData]:
+    """Load files of images, after decoding each once to know that it is sound; they are not kept in memory.
 
     Args:
         paths: Files, whatever their suffix, and folders, which are searched recursively for files with the
             suffix of an image; hidden files in them are passed over.
+        image_size: Height and width of the images returned, in pixels.
+        channels: 1 for grey, 3 for colour.
+        label: Gives the label of a file, and is asked for all of them before any is decoded; -1 says "no class".
+        on_corrupt: "raise" an error that names a file that is no sound image, or "skip" and count it.
 
     Returns:
-        The images in the order given, those within a folder sorted; and what else the folders hold.
+        The paths of the sound images, in the order given, those within a folder sorted; and the images.
 
     Raises:
-        DataError: If a path does not exist, or a folder holds no image.
+        DataError: If a path does not exist, a folder holds no image, or a file is no sound image.
     """
     files: list[Path] = []
     strays: list[Path] = []
@@ -166,34 +182,9 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
             raise DataError(f"{path}: expected images in the folder, found none")
         files.extend(images)
         strays.extend(others)
-    return files, strays
-
-
-def load_files(
-    paths: Sequence[str | Path],
-    *,
-    image_size: int,
-    channels: int,
-    on_corrupt: Literal["raise", "skip"] = "raise",
-) -> tuple[list[Path], ImageData]:
-    """Load files of images, after decoding each once to know that it is sound; they are not kept in memory.
-
-    Args:
-        paths: As in `find_files`.
-        image_size: Height and width of the images returned, in pixels.
-        channels: 1 for grey, 3 for colour.
-        on_corrupt: "raise" an error that names a file that is no sound image, or "skip" and count it.
-
-    Returns:
-        The paths of the sound images, and the images, unlabelled.
-
-    Raises:
-        DataError: As `find_files`, or if a file is no sound image.
-    """
-    files, strays = find_files(paths)
+    labels = torch.tensor([label(path) for path in files])
     if on_corrupt == "raise":
         _refuse_strays(strays)
-    labels = torch.full((len(files),), -1)
     split = Split(encoded_files(files), labels, (), "the given files", torch.arange(len(files)))
     undecoded = _Undecoded(split, image_size, channels)
     sound = _decode_all(undecoded, None, on_corrupt)

@@ -38,8 +38,8 @@ def evaluate(
         ``held_out`` in bits/dim, its standard error over images ``held_out_error``, the averages of log p(z) and
         of the log-determinant in nats/dim, and the number of ``images``.
     """
-    count = min(len(data), limit or len(data))
-    subset = Subset(data, [i * len(data) // count for i in range(count)])
+    positions = data.spread(limit or len(data))
+    subset = Subset(data, positions)
     generator = Generator(model.device).manual_seed(seed)
     bits, log_prior, logdet = [], [], []
     for images, labels in DataLoader(subset, batch_size=batch_size, collate_fn=data.collate):
@@ -50,8 +50,8 @@ def evaluate(
     scored = torch.cat(bits).double()
     return {
         "held_out": scored.mean().item(),
-        "held_out_error": scored.std().item() / math.sqrt(count),
+        "held_out_error": scored.std().item() / math.sqrt(len(positions)),
         "log_prior": torch.cat(log_prior).double().mean().item() / model.dimensions,
         "logdet": torch.cat(logdet).double().mean().item() / model.dimensions,
-        "images": count,
+        "images": len(positions),
     }

@@ -92,7 +92,7 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
 
 
 def computes_in_bf16() -> bool:
-    """Whether the hardware has matrix products in bfloat16, rather than emulating them, hundreds of times slower."""
+    """Whether the hardware has matrix products in bfloat16, and does not emulate them, a hundred times slower."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
@@ -186,8 +186,7 @@ class Trainer:
 
     def _fit_whitening(self, model: Farmer) -> None:
         """Fit the whitening to images spread over the training set, the same on every process."""
-        count = min(len(self.data), -(-WHITENED_TOKENS // model.flow.length))
-        images, _ = self.data.__getitems__([i * len(self.data) // count for i in range(count)])
+        images, _ = self.data.__getitems__(self.data.spread(-(-WHITENED_TOKENS // model.flow.length)))
         generator = Generator().manual_seed(self.config.training.seed)
         model.fit_whitening(model.noised(images, progress=0.0, generator=generator))
 
