@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "packages/farmer-flow": set(),
     "packages/farmer-ar": {"farmer_flow"},
-    "examples": {"farmer_flow", "farmer_ar"},
+    "packages/farmer-guidance": set(),
+    "examples": {"farmer_flow", "farmer_ar", "farmer_guidance"},
 }
 
 
@@ -43,6 +44,6 @@ def test_the_prior_takes_only_the_transformer_from_the_flow():
 
 @pytest.mark.parametrize("folder", [folder for folder in ALLOWED if folder != "examples"])
 def test_packages_need_only_torch_and_einops(folder):
-    standard = {"__future__", "collections", "math", "typing"}
+    standard = {"__future__", "collections", "contextlib", "dataclasses", "inspect", "math", "typing"}
     roots = {module.split(".")[0] for module, _ in imports(folder)}
     assert {r for r in roots if not r.startswith("farmer_")} <= standard | {"torch", "einops"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -13,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from farmer_ar.mixture import DiagonalMixture
 
 __all__ = ["LatentPrior"]
+
+Guide = Callable[..., Tensor]
+"""See :meth:`LatentPrior.sample`."""
 
 LOG_SCALE_BOUND = 8.0
 """No standard deviation leaves ``exp(-8)..exp(8)``."""
@@ -183,13 +188,25 @@ class LatentPrior(nn.Module):
         self,
         labels_or_batch: Tensor | int,
         *,
+        guide: Guide | None = None,
+        redundant_guide: Guide | None = None,
         redundant_scale: float = 1.0,
         generator: Generator | None = None,
     ) -> Tensor:
         """Draw sequences token by token, then all redundant channels at once.
 
+        A guide is called as ``guide(conditional, unconditional, sample_shape)`` with the mixtures given the labels and
+        given no class, both of batch shape ``(batch,)``, and returns ``(*sample_shape, batch, dim)``: any callable
+        will do, as those of the package farmer-guidance. If it has the parameters ``progress``, the token's position
+        from 0 to 1, or ``generator``, it is given them too. The mixtures of both come from one pass of twice the
+        batch, unless the guides have an attribute ``uses_unconditional`` that is False, or there are no labels;
+        the conditional then stands for both.
+
         Args:
             labels_or_batch: ``(batch,)`` int64 classes, negative for none; or how many sequences without a class.
+            guide: draws the informative channels of a token; a plain draw of the conditional if None.
+            redundant_guide: draws the redundant channels, those of all tokens in one call with
+                ``sample_shape=(length,)``; likewise.
             redundant_scale: factor on the variances of the shared mixture; changes colour and detail, not
                 structure (paper, Figure 7). 0 gives the components' means.
             generator: of random numbers, on the parameters' device.
@@ -198,26 +215,36 @@ class LatentPrior(nn.Module):
             ``(batch, length, dim)``.
 
         Raises:
-            ValueError: if the labels have the wrong shape or one is out of range, or the factor is negative.
+            ValueError: if the labels have the wrong shape or one is out of range, the factor is negative, or it is 0
+                beside a redundant guide, which needs densities.
         """
         if redundant_scale < 0:
             raise ValueError(f"redundant_scale must not be negative, got {redundant_scale}")
+        if redundant_scale == 0 and redundant_guide is not None:
+            raise ValueError("redundant_scale must be above 0 beside a redundant_guide: at 0 there are no densities")
         labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.position.device)
         batch = labels_or_batch if isinstance(labels_or_batch, int) else labels_or_batch.shape[0]
-        cache = self.transformer.new_cache(batch, self.position.shape[0])
-        prefix = self._condition(labels, batch) + self.position[: self.condition_repeats]
-        hidden = self.transformer(prefix, cache)[:, -1:]
+        contrast = labels is not None and self.classes > 0
+        paths = 2 if contrast and any(_uses_unconditional(g) for g in (guide, redundant_guide)) else 1
+        condition = self._condition(labels, batch)
+        if paths == 2:
+            condition = torch.cat([condition, self._condition(None, batch)])
+
+        cache = self.transformer.new_cache(paths * batch, self.position.shape[0])
+        hidden = self.transformer(condition + self.position[: self.condition_repeats], cache)[:, -1:]
         drawn: list[Tensor] = []
         for i in range(self.length):
-            drawn.append(self.informative(hidden).sample(generator=generator))
+            mixture = self.informative(hidden.reshape(paths, batch, -1))
+            progress = i / max(1, self.length - 1)
+            drawn.append(_draw(mixture, (), guide, progress, generator).unsqueeze(1))
             if i < self._read:
                 token = self._embedded(drawn[-1]) + self.position[self.condition_repeats + i]
-                hidden = self.transformer(token, cache)
+                hidden = self.transformer(token.repeat(paths, 1, 1), cache)
         informative = torch.cat(drawn, dim=1)
         if self.redundant is None:
             return informative
-        shared = self.redundant(hidden).temper(scale=math.sqrt(redundant_scale))
-        redundant = shared.expand((batch, self.length)).sample(generator=generator)
+        shared = self.redundant(hidden.reshape(paths, batch, -1)).temper(scale=math.sqrt(redundant_scale))
+        redundant = _draw(shared, (self.length,), redundant_guide, 1.0, generator).transpose(0, 1)
         return torch.cat([informative, redundant], dim=-1)
 
     def _embedded(self, informative: Tensor) -> Tensor:
@@ -234,3 +261,28 @@ class LatentPrior(nn.Module):
             raise ValueError(f"labels must be below classes={self.classes}, got {int(labels.max())}")
         embedded: Tensor = self.condition(labels.where(labels >= 0, self.classes))
         return embedded.unsqueeze(1).expand(-1, self.condition_repeats, -1)
+
+
+def _uses_unconditional(guide: Guide | None) -> bool:
+    return guide is not None and getattr(guide, "uses_unconditional", True)
+
+
+def _draw(
+    mixture: DiagonalMixture,
+    sample_shape: tuple[int, ...],
+    guide: Guide | None,
+    progress: float,
+    generator: Generator | None,
+) -> Tensor:
+    """Draw from mixtures ``(paths, batch)``, the conditional first and the unconditional last, as the guide says."""
+    conditional, unconditional = (
+        DiagonalMixture(mixture.logits[path], mixture.loc[path], mixture.scale[path], validate_args=False)
+        for path in (0, -1)
+    )
+    if guide is None:
+        return conditional.sample(sample_shape, generator=generator)
+    parameters = inspect.signature(guide).parameters
+    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    options = {"progress": progress, "generator": generator}
+    accepted = {name: value for name, value in options.items() if everything or name in parameters}
+    return guide(conditional, unconditional, sample_shape, **accepted)
