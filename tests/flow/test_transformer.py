@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from farmer_flow import Transformer
+from farmer_flow.transformer import FEW_ROWS, LARGE_WEIGHT, Linear
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,3 +73,14 @@ def test_compiled_decoding_gives_the_same(transformer):
         cache = transformer.new_cache(1, 4)
         steps = [compiled(token, cache) for token in x.split(1, dim=1)]
         torch.testing.assert_close(torch.cat(steps, dim=1), transformer(x))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("features", [(8, 16), (128, LARGE_WEIGHT // 128)])
+def test_few_rows_give_what_many_do(rows, features):
+    linear = Linear(*features).double()
+    x = torch.randn(rows, 1, features[0], dtype=torch.float64)
+    with torch.no_grad():
+        drawn = linear(x)
+    assert drawn.shape == (rows, 1, features[1])
+    torch.testing.assert_close(drawn, torch.nn.functional.linear(x, linear.weight, linear.bias))

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 __all__ = ["KVCache", "Transformer"]
 
+FEW_ROWS = 64
+LARGE_WEIGHT = 2**15
+
 
 class KVCache:
     """The keys and values of the tokens that a :class:`Transformer` has read so far.
@@ -41,14 +44,29 @@ class KVCache:
         return stored_keys[:, :, :end], stored_values[:, :, :end]
 
 
+class Linear(nn.Linear):
+    """A linear map whose weight comes first in the product where a few rows meet a large weight on the CPU.
+
+    That is decoding. ``W x^T`` is ``(x W^T)^T``, but the BLAS of torch's x86 builds takes half the time for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(*batch, in_features)`` to ``(*batch, out_features)``."""
+        few = 1 < x.numel() // self.in_features <= FEW_ROWS and self.weight.numel() >= LARGE_WEIGHT
+        if not few or not x.is_cpu or torch.is_grad_enabled():
+            return super().forward(x)
+        product = torch.addmm(self.bias.unsqueeze(1), self.weight, x.reshape(-1, self.in_features).T)
+        return product.T.reshape(*x.shape[:-1], self.out_features)
+
+
 class Attention(nn.Module):
     """Causal self-attention with heads of ``head_dim`` channels."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         """Map ``(batch, new, width)`` to the same shape, attending to the cache's tokens as well."""
@@ -78,7 +96,7 @@ class Layer(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, head_dim)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """Map ``(batch, new, width)`` to the same shape."""
