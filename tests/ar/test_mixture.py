@@ -166,4 +166,4 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"got \(5, 4\), \(5, 3, 3\)"):
         DiagonalMixture(logits, loc[:, :3], scale)
     with pytest.raises(ValueError, match="constraint"):
-        DiagonalMixture(logits, loc, -scale)
+        DiagonalMixture(logits, loc, -scale, validate_args=True)  # torch.compile turns the default off
