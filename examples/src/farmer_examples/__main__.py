@@ -1,28 +1,36 @@
-"""The command line: ``farmer train | sample | likelihood | demo``."""
+"""The command line: ``farmer train | sample | sweep | likelihood | demo``."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
+from farmer_guidance import PRESETS
 from safetensors import SafetensorError
 
 from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
 from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
+from farmer_examples.guidance import METHODS, SCHEDULES, make_guides
+from farmer_examples.judge import judge_of
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
-from farmer_examples.training import TrainingError, resumed_config, train
+from farmer_examples.sweep import settings_of, sweep, table
+from farmer_examples.training import CONFIG, TrainingError, resumed_config, train
 
 __all__ = ["main"]
 
 USER_ERRORS = (ConfigError, DataError, SamplingError, TrainingError, UnknownClassError, OSError)
+SWEPT = {"guidance", "guidance_method", "guidance_options"}
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
 
 
@@ -33,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        if options.command in (_sample, _likelihood):
+        if options.command in (_sample, _sweep, _likelihood):
             if options.config is not None:
                 options = parser.parse_args(_with_options(arguments, options))
             if options.checkpoint is None:
@@ -51,12 +59,13 @@ def _with_options(arguments: list[str], options: argparse.Namespace) -> list[str
     """Put the options in the file of ``--config`` before those of the command line, so that the latter win."""
     known = [name for name in vars(options) if name not in ("command", "config", "images")]
     written: list[str] = []
+    several = {_sample: {"class", "guidance_options", "redundant_scale"}, _sweep: SWEPT}.get(options.command, ())
     for key, value in load_options(options.config, known).items():
         flag = key.replace("_", "-")
-        values = value if isinstance(value, list) and key == "class" and options.command is _sample else [value]
+        values = value if isinstance(value, list) and key in several else [value]
         if isinstance(value, bool) and key == "files":
             written.append(f"--{flag}" if value else f"--no-{flag}")
-        elif values and all(isinstance(item, str | int) and not isinstance(item, bool) for item in values):
+        elif values and all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values):
             written += [f"--{flag}", *map(str, values)]
         else:
             raise ConfigError(
@@ -67,7 +76,7 @@ def _with_options(arguments: list[str], options: argparse.Namespace) -> list[str
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="farmer", description="Train FARMER on images, draw samples and score exact likelihoods."
+        prog="farmer", description="Train FARMER on images, draw guided samples and score exact likelihoods."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -81,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(command)
     command.add_argument("--class", nargs="+", metavar="CLASS", help="by name or number, or none (all classes)")
     command.add_argument("--count", type=_positive, default=100, help="images in all (100)")
+    command.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale w; 0 is no guidance (none)")
+    command.add_argument("--guidance-method", choices=list(METHODS), default="resampling", help="(resampling)")
+    _add_guidance(command)
+    command.add_argument(
+        "--redundant-scale",
+        type=_factor,
+        nargs="+",
+        default=[1.0],
+        metavar="FACTOR",
+        help="on the variance of the redundant channels; several make a sheet of the same images with each (1)",
+    )
     command.add_argument("--seed", type=int, default=0, help="same seed, same images (0)")
     command.add_argument("--output", type=Path, default=Path("samples"), help="new folder to write to (samples)")
     command.add_argument("--columns", type=_positive, default=10, help="of the grid (10)")
@@ -88,6 +108,35 @@ def _parser() -> argparse.ArgumentParser:
         "--files", action=argparse.BooleanOptionalAction, default=False, help="also write each image to a file"
     )
     command.add_argument("--batch-size", type=_positive, default=100, help="images drawn at once (100)")
+
+    command = _command(commands, "sweep", _sweep, "measure samples at many guidance settings, side by side")
+    _add_checkpoint(command)
+    scales = [0.0, 0.25, 0.5, 1.0, 2.0, 3.0]
+    command.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        default=scales,
+        metavar="SCALE",
+        help=f"guidance scales ({' '.join(f'{scale:g}' for scale in scales)})",
+    )
+    command.add_argument(
+        "--guidance-method", nargs="+", choices=list(METHODS), default=["resampling"], help="one or both (resampling)"
+    )
+    _add_guidance(command, "; a list in brackets is swept over, as in scale_temperature=[0.8,0.9,1]")
+    command.add_argument("--count", type=_positive, default=1000, help="images at each setting (1000)")
+    command.add_argument("--seed", type=int, default=0, help="of the images (0)")
+    command.add_argument("--data", metavar="NAME", help="configuration whose images to measure by (the run's own)")
+    command.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FILE",
+        help="the classifier to measure by; trained on the data if there is none yet (judge.safetensors in the run)",
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("sweep"), help="folder; an unfinished sweep goes on (sweep)"
+    )
+    command.add_argument("--batch-size", type=_positive, default=250, help="images drawn at once (250)")
 
     command = _command(commands, "likelihood", _likelihood, "score images, a CSV row each")
     _add_checkpoint(command)
@@ -122,6 +171,23 @@ def _command(commands, name, run, summary):  # type: ignore[no-untyped-def]  # a
     return command
 
 
+def _add_guidance(command: argparse.ArgumentParser, more: str = "") -> None:
+    command.add_argument("--guidance-preset", choices=list(PRESETS), help="one of the paper's settings (none)")
+    command.add_argument(
+        "--guidance-schedule",
+        choices=["constant", *SCHEDULES],
+        default="constant",
+        help="let the scale grow from 0 at the first token to its value at the last (constant)",
+    )
+    command.add_argument(
+        "--guidance-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"arguments of the method, as in scale_temperature=0.9 conditional_candidates=32{more}",
+    )
+
+
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
@@ -136,6 +202,29 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 <= factor < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return factor
+
+
+def _guidance_options(options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {}
+    for text in options.guidance_options:
+        key, equals, value = text.partition("=")
+        try:
+            chosen[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or chosen[key] is None:
+            raise ConfigError(f"--guidance-options {text}: expected KEY=VALUE, as in scale_temperature=0.9")
+    return chosen
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -160,6 +249,13 @@ def _load(checkpoint: Path) -> Farmer:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    guides = make_guides(
+        options.guidance,
+        preset=options.guidance_preset,
+        method=options.guidance_method,
+        schedule=options.guidance_schedule,
+        options=_guidance_options(options),
+    )
     model = _load(options.checkpoint)
     chosen = getattr(options, "class") or range(len(model.class_names)) or ["none"]
     classes = [model.label(name) for name in chosen]
@@ -172,8 +268,43 @@ def _sample(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         columns=options.columns,
         files=options.files,
+        guides=guides,
+        redundant_scales=options.redundant_scale,
     )
     print(f"{options.count} samples: {options.output / 'grid.png'} and {options.output / 'samples.csv'}")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    choices = {k: v if isinstance(v, list) else [v] for k, v in _guidance_options(options).items()}
+    settings = settings_of(
+        options.guidance,
+        options.guidance_method,
+        preset=options.guidance_preset,
+        schedule=options.guidance_schedule,
+        options=choices,
+    )
+    folder, model = find_model(options.checkpoint), _load(options.checkpoint)
+    if options.data is None and not (options.checkpoint / CONFIG).is_file():
+        raise ConfigError(f"{options.checkpoint} is not a run: name its training's configuration with --data")
+    data = load_config(options.data or options.checkpoint / CONFIG).data
+    train, held_out = data.load("train"), data.load("test")
+    if list(train.class_names) != model.class_names:
+        raise ConfigError(f"the classes of {data.source} are not the model's: name its training's data with --data")
+    judge, accuracy = judge_of(options.judge or options.checkpoint / "judge.safetensors", train, held_out, model.device)
+    print(f"the judge is right on {accuracy:.1%} of the held-out images")
+    rows = sweep(
+        model,
+        settings,
+        options.output,
+        judge=judge,
+        real=train,
+        count=options.count,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        of=str(folder.resolve()),
+    )
+    print(table(rows))
+    print(f"{options.output / 'sheet.png'} and {options.output / 'sweep.csv'}")
 
 
 def _likelihood(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from farmer_examples.data import ImageData, load_images
 from farmer_examples.model import Farmer, TrainingNoise
 
-__all__ = ["Config", "ConfigError", "load_config", "load_options", "shipped_configs"]
+__all__ = ["Config", "ConfigError", "load_config", "load_options", "nearest", "shipped_configs"]
 
 
 class ConfigError(ValueError):
@@ -223,7 +223,7 @@ def load_config(name: str | Path, overrides: list[str] | None = None) -> Config:
     if path.suffix not in {".yaml", ".yml"}:
         shipped = shipped_configs()
         if str(name) not in shipped:
-            raise ConfigError(f"no configuration {str(name)!r}{_nearest(str(name), list(shipped))}")
+            raise ConfigError(f"no configuration {str(name)!r}{nearest(str(name), list(shipped))}")
         path = shipped[str(name)]
     content = _read(path, f"the sections {', '.join(Config.model_fields)}")
     where = str(path)
@@ -245,7 +245,7 @@ def load_options(path: Path, known: list[str]) -> dict[str, Any]:
     content = _read(path, f"some of the options {', '.join(known)}")
     for key in content:
         if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {path}{_nearest(str(key), known)}")
+            raise ConfigError(f"unknown key {key!r} in {path}{nearest(str(key), known)}")
     return content
 
 
@@ -293,7 +293,7 @@ def _explain(error: Any, where: str) -> str:
         section: Any = Config
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
-        return f"unknown key {key!r} in {where}{_nearest(str(error['loc'][-1]), list(section.model_fields))}"
+        return f"unknown key {key!r} in {where}{nearest(str(error['loc'][-1]), list(section.model_fields))}"
     if error["type"] == "missing":
         return f"{key!r} is missing in {where}"
     message = error["msg"].removeprefix("Value error, ")
@@ -302,6 +302,7 @@ def _explain(error: Any, where: str) -> str:
     return f"{key} = {error['input']!r} in {where}: {message[0].lower()}{message[1:]}"
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
+    """Return the end of a message about an unknown word: the nearest that is known, and all of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return (f"; did you mean {close[0]!r}?" if close else ";") + f" Known: {', '.join(known)}"

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -345,6 +346,8 @@ class Farmer(
         labels_or_batch: Tensor | int,
         *,
         inverse: Literal["sequential"] = "sequential",
+        guide: Callable[..., Tensor] | None = None,
+        redundant_guide: Callable[..., Tensor] | None = None,
         redundant_scale: float = 1.0,
         generator: Generator | None = None,
     ) -> Tensor:
@@ -353,6 +356,8 @@ class Farmer(
         Args:
             labels_or_batch: ``(batch,)`` int64 classes, negative for none; or how many images without a class.
             inverse: the flow's method of inversion.
+            guide: of the prior's informative channels, as :class:`farmer_guidance.ResamplingGuidance`.
+            redundant_guide: of its redundant channels; see :meth:`farmer_ar.LatentPrior.sample` for both.
             redundant_scale: factor on the variances of the prior's shared mixture (paper, Figure 7).
             generator: of random numbers, on the parameters' device.
 
@@ -360,7 +365,13 @@ class Farmer(
             ``(batch, channels, size, size)``, not clamped: noise may carry values a little out of [-1, 1]. Their
             density is ``model(images, labels)``; :meth:`to_uint8` makes pixels of them.
         """
-        z = self.prior.sample(labels_or_batch, redundant_scale=redundant_scale, generator=generator)
+        z = self.prior.sample(
+            labels_or_batch,
+            guide=guide,
+            redundant_guide=redundant_guide,
+            redundant_scale=redundant_scale,
+            generator=generator,
+        )
         labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.device)
         return self.decode(z, labels, inverse=inverse)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import PIL.Image
 from torch import Tensor
 
 from farmer_examples.storage import published
@@ -14,7 +15,7 @@ from farmer_examples.torchvision_operators import torchvision
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend without a screen
 
-__all__ = ["grid", "save_curves", "save_image"]
+__all__ = ["grid", "read_picture", "save_curves", "save_image", "save_sheet"]
 
 
 def grid(images: Tensor, columns: int, *, scale: int = 1) -> Tensor:
@@ -28,6 +29,29 @@ def save_image(image: Tensor, path: Path) -> None:
     """Write one uint8 ``(channels, height, width)`` image as PNG."""
     with published(path) as partial:
         torchvision.transforms.v2.functional.to_pil_image(image).save(partial)
+
+
+def read_picture(path: Path) -> Tensor:
+    """Read a picture that was written here, as uint8 ``(3, height, width)``."""
+    with PIL.Image.open(path) as image:
+        picture: Tensor = torchvision.transforms.v2.functional.pil_to_tensor(image.convert("RGB"))
+    return picture
+
+
+def save_sheet(rows: list[tuple[str, Tensor]], path: Path) -> None:
+    """Write pictures, uint8 ``(channels, height, width)``, below each other, each under its title."""
+    pictures = [picture for _, picture in rows]
+    width = max(picture.shape[2] for picture in pictures) / 100
+    heights = [picture.shape[1] / 100 + 0.3 for picture in pictures]
+    size = (width + 0.2, sum(heights) + 0.1)
+    figure, axes = pyplot.subplots(len(rows), figsize=size, layout="constrained", height_ratios=heights, squeeze=False)
+    for axis, (title, _), picture in zip(axes[:, 0], rows, pictures, strict=True):
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_title(title, fontsize=9, loc="left", pad=3)
+        axis.axis("off")
+    with published(path) as partial:
+        figure.savefig(partial, dpi=100)
+    pyplot.close(figure)
 
 
 def save_curves(history: list[dict[str, Any]], path: Path) -> None:

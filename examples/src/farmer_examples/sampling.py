@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from farmer_examples.guidance import Guides
 from farmer_examples.model import Density, Farmer
-from farmer_examples.pictures import grid, save_image
+from farmer_examples.pictures import grid, save_image, save_sheet
 from farmer_examples.storage import published
 
-__all__ = ["SamplingError", "draw", "save_samples"]
+__all__ = ["SamplingError", "check_empty", "draw", "save_samples"]
+
+UNGUIDED = Guides()
 
 
 class SamplingError(RuntimeError):
@@ -21,7 +25,15 @@ class SamplingError(RuntimeError):
 
 
 @torch.no_grad()
-def draw(model: Farmer, labels: Tensor, *, seed: int, batch_size: int) -> tuple[Tensor, Density]:
+def draw(
+    model: Farmer,
+    labels: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    guides: Guides = UNGUIDED,
+    redundant_scale: float = 1.0,
+) -> tuple[Tensor, Density]:
     """Draw one image for each of ``(count,)`` labels, with a progress bar.
 
     Args:
@@ -29,6 +41,8 @@ def draw(model: Farmer, labels: Tensor, *, seed: int, batch_size: int) -> tuple[
         labels: negative for no class.
         seed: same seed, labels and batch size: same images.
         batch_size: images drawn at once.
+        guides: see :func:`~farmer_examples.guidance.make_guides`.
+        redundant_scale: factor on the variances of the prior's shared mixture.
 
     Returns:
         uint8 ``(count, channels, size, size)``, and the density of the images before rounding to grey levels.
@@ -40,7 +54,7 @@ def draw(model: Farmer, labels: Tensor, *, seed: int, batch_size: int) -> tuple[
     images, densities = [], []
     with tqdm(total=len(labels), unit="image", disable=len(labels) <= batch_size) as bar:
         for part in labels.to(model.device).split(batch_size):
-            drawn = model.sample(part, generator=generator)
+            drawn = model.sample(part, **guides._asdict(), redundant_scale=redundant_scale, generator=generator)
             if not drawn.isfinite().all():
                 raise SamplingError("the model's samples are not finite: its training has diverged")
             images.append(model.to_uint8(drawn).cpu())
@@ -48,6 +62,16 @@ def draw(model: Farmer, labels: Tensor, *, seed: int, batch_size: int) -> tuple[
             bar.update(len(part))
     log_prior, logdet = (torch.cat(terms).cpu() for terms in zip(*densities, strict=True))
     return torch.cat(images), Density(log_prior, logdet)
+
+
+def check_empty(output: Path) -> None:
+    """Refuse a folder with something in it: samples of two draws must not mix.
+
+    Raises:
+        SamplingError: if there is.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise SamplingError(f"the folder {output} is not empty: choose another, or remove it")
 
 
 def save_samples(
@@ -59,28 +83,44 @@ def save_samples(
     batch_size: int = 64,
     columns: int = 10,
     files: bool = False,
+    guides: Guides = UNGUIDED,
+    redundant_scales: Sequence[float] = (1.0,),
 ) -> None:
     """Draw images into a folder: ``grid.png``, ``samples.csv`` and, if ``files``, ``CLASS/000000.png``.
 
-    Each row of the CSV: index, class, log-likelihood, log p(z), log-determinant, all in nats, and nats per
-    dimension. Arguments as in :func:`draw`, and the columns of the grid.
+    Each row of the CSV: index, class, redundant scale, log-likelihood, log p(z), log-determinant, all in nats, and
+    nats per dimension. Arguments as in :func:`draw`, and the columns of the grid. With several redundant scales all
+    images are drawn with each, from the same random numbers, and the grid has a titled part for each.
 
     Raises:
-        SamplingError: as :func:`draw`, or if there is something in the folder: samples of two draws must not mix.
+        SamplingError: as :func:`draw`; if there is something in the folder; or if a redundant scale is asked for
+            that cannot be.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise SamplingError(f"the folder {output} is not empty: choose another, or remove it")
-    images, density = draw(model, labels, seed=seed, batch_size=batch_size)
+    check_empty(output)
+    if tuple(redundant_scales) != (1.0,) and getattr(model.prior, "redundant", True) is None:
+        raise SamplingError("this model has no redundant channels to scale: its informative_dim is all of a token")
+    if 0 in redundant_scales and guides.redundant_guide is not None:
+        raise SamplingError("a redundant scale of 0 leaves no density to guide: take a small one, or no guidance")
     names = [model.class_names[label] if label >= 0 else "none" for label in labels.tolist()]
-    save_image(grid(images, columns, scale=max(1, 64 // model.image_size)), output / "grid.png")
-    with published(output / "samples.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "class", "log_likelihood", "log_prior", "logdet", "nats_per_dim"])
-        for index, (name, prior, logdet) in enumerate(zip(names, *(t.tolist() for t in density), strict=True)):
+    sheet, rows, pictures = [], [], []
+    for factor in redundant_scales:
+        images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=guides, redundant_scale=factor)
+        picture = grid(images, columns, scale=max(1, 64 // model.image_size))
+        sheet.append((f"redundant variance x {factor:g}", picture))
+        for name, image, prior, logdet in zip(names, images, *(t.tolist() for t in density), strict=True):
             total = prior + logdet
             figures = [f"{figure:.4f}" for figure in (total, prior, logdet, -total / model.dimensions)]
-            writer.writerow([index, name, *figures])
+            rows.append([len(rows), name, f"{factor:g}", *figures])
+            pictures.append((name, image))
+    if len(sheet) == 1:
+        save_image(sheet[0][1], output / "grid.png")
+    else:
+        save_sheet(sheet, output / "grid.png")
+    with published(output / "samples.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        header = ["index", "class", "redundant_scale", "log_likelihood", "log_prior", "logdet", "nats_per_dim"]
+        writer.writerows([header, *rows])
     if files:
-        for index, (name, image) in enumerate(zip(names, images, strict=True)):
+        for index, (name, image) in enumerate(pictures):
             folder = name.replace("/", "-").strip(".") or "-"  # whatever a class is called, it stays in the output
             save_image(image, output / folder / f"{index:06d}.png")
