@@ -1,8 +1,10 @@
 """The command line, as a user meets it."""
 
 import csv
+import json
 
 import pytest
+from farmer_examples import judge
 from farmer_examples.__main__ import main
 from farmer_examples.storage import checkpoints
 from PIL import Image
@@ -72,6 +74,7 @@ def test_options_may_stand_in_a_file_and_the_command_line_wins(run, tmp_path, ca
         ("class: no", f"class = False in {file}: expected text or a number"),
         ("output: null", f"output = None in {file}"),
         ("count: [1, 2]", f"count = [1, 2] in {file}"),
+        ("guidance: strong", "--guidance: invalid float value: 'strong'"),
     ]:
         file.write_text(content)
         with pytest.raises(SystemExit) as stop:
@@ -85,6 +88,88 @@ def test_options_may_stand_in_a_file_and_the_command_line_wins(run, tmp_path, ca
     assert [row["class"] for row in rows(output)] == ["4"] * 6  # the grid is an image, too
     assert "6 images" in (printed := capsys.readouterr().out)
     assert "1 files skipped" in printed
+
+
+def test_guided_samples(run, tmp_path):
+    """Scale 0 is no guidance; presets, methods, schedules and options change what is drawn, from files as well."""
+    sample = ["sample", "--checkpoint", str(run), "--count", "10", "--seed", "7"]
+    drawn = {}
+    for name, arguments in {
+        "none": [],
+        "zero": ["--guidance", "0"],
+        "resampling": ["--guidance", "1.5"],
+        "preset": ["--guidance-preset", "1.1b-p16"],
+        "preset at 1.5": ["--guidance-preset", "1.1b-p16", "--guidance", "1.5"],
+        "component": ["--guidance", "1.5", "--guidance-method", "component"],
+        "cosine": ["--guidance", "1.5", "--guidance-schedule", "cosine"],
+        "options": ["--guidance", "1.5", "--guidance-options", "scale_temperature=0.5", "conditional_candidates=20"],
+    }.items():
+        main([*sample, *arguments, "--output", str(tmp_path / name)])
+        drawn[name] = (tmp_path / name / "grid.png").read_bytes()
+    assert drawn.pop("zero") == drawn["none"]
+    assert len(set(drawn.values())) == len(drawn)
+    file = tmp_path / "guided.yaml"
+    file.write_text("guidance: 1.5\nguidance_options: [scale_temperature=0.5, conditional_candidates=20]\n")
+    main([*sample, "--config", str(file), "--output", str(tmp_path / "file")])
+    assert (tmp_path / "file" / "grid.png").read_bytes() == drawn["options"]
+
+
+def test_redundant_scales_make_a_sheet(run, tmp_path):
+    """The same images with every factor: at 1 they are those of a plain draw."""
+    sample = ["sample", "--checkpoint", str(run), "--count", "4"]
+    main([*sample, "--redundant-scale", "0", "1", "4", "--files", "--output", str(tmp_path / "sheet")])
+    main([*sample, "--output", str(tmp_path / "plain")])
+    table, plain = rows(tmp_path / "sheet" / "samples.csv"), rows(tmp_path / "plain" / "samples.csv")
+    assert [row["redundant_scale"] for row in table] == ["0"] * 4 + ["1"] * 4 + ["4"] * 4
+    for mine, expected in zip(table[4:8], plain, strict=True):
+        assert mine["log_likelihood"] == expected["log_likelihood"]
+    assert table[0]["log_likelihood"] != table[4]["log_likelihood"]
+    assert len(list((tmp_path / "sheet").rglob("0*.png"))) == 12
+    assert Image.open(tmp_path / "sheet" / "grid.png").size[1] > 3 * 66
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "EPOCHS", range(1, 2))
+    output = tmp_path / "sweep"
+    command = ["sweep", "--checkpoint", str(run), "--count", "30", "--output", str(output)]
+    main([*command, "--guidance", "0", "1", "--guidance-method", "resampling", "component"])
+    first = rows(output / "sweep.csv")
+    assert [row["setting"] for row in first] == ["no guidance", "w = 1, resampling", "w = 1, component"]
+    for row in first:
+        assert 0 <= float(row["consistency"]) <= 1
+        assert 0 <= float(row["precision"]) <= 1
+        assert 0 <= float(row["recall"]) <= 1
+        assert float(row["frechet"]) > 0
+    assert 1 < float(first[1]["effective_candidates"]) <= 10
+    assert float(first[1]["fell_back"]) == 0
+    assert "training the judge" in capsys.readouterr().err
+    kept = json.loads((output / "sweep.json").read_text())
+    kept["rows"]["no guidance"]["recall"] = 0.25  # what is kept is not drawn again
+    (output / "sweep.json").write_text(json.dumps(kept))
+    main([*command, "--guidance", "0", "2", "--guidance-options", "scale_temperature=[0.8, 1.0]"])
+    printed = capsys.readouterr()
+    assert "training the judge" not in printed.err
+    settings = [row["setting"] for row in rows(output / "sweep.csv")]
+    assert settings[:3] == [row["setting"] for row in first]
+    assert settings[3:] == [
+        "no guidance, scale_temperature 0.8",
+        "no guidance, scale_temperature 1.0",
+        "w = 2, resampling, scale_temperature 0.8",
+        "w = 2, resampling, scale_temperature 1.0",
+    ]
+    assert rows(output / "sweep.csv")[0]["recall"] == "0.25"
+    assert len(list((output / "settings").iterdir())) == 7
+    assert (output / "sheet.png").is_file()
+    for arguments, message in [
+        (["--seed", "1"], "choose another folder"),
+        (["--data", "cifar10"], "data.source"),
+        (["--judge", str(run / "config.yaml")], "holds no judge"),
+        (["--guidance", "-1"], "scale must be finite and at least 0"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--guidance", "0", *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_likelihoods_of_folders_by_class(run, tmp_path):
@@ -108,6 +193,7 @@ def test_the_demo_judges_its_samples(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bits/dim" in printed
     assert "unguided samples are seen as the requested digit" in printed
+    assert "of 500 guided ones" in printed
     for name in ("samples.png", "curves.png", "likelihood.csv"):
         assert (tmp_path / name).is_file(), name
     assert len(rows(tmp_path / "likelihood.csv")) == 360
@@ -118,7 +204,7 @@ def test_the_demo_judges_its_samples(tmp_path, capsys):
     assert checkpoints(tmp_path)[-1].step == before
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["likelihood"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["sweep"], ["likelihood"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -150,6 +236,16 @@ def test_mistakes_end_in_a_message(run, tmp_path, capsys):
         (["sample", "--checkpoint", str(truncated)], str(truncated)),
         (["sample", *model, "--class", "eleven"], "no class 'eleven'"),
         (["sample", *model, "--output", str(run)], "is not empty"),
+        (["sample", *model, "--guidance", "-1"], "scale must be finite and at least 0, got -1.0"),
+        (["sample", *model, "--guidance-options", "weighting=balance"], "need a guidance scale or a preset"),
+        (["sample", *model, "--guidance", "1", "--guidance-options", "wieghting=balance"], "mean 'weighting'?"),
+        (["sample", *model, "--guidance", "1", "--guidance-options", "weighting"], "expected KEY=VALUE"),
+        (["sample", *model, "--guidance", "1", "--guidance-options", "weighting=most"], "weighting must be"),
+        (["sample", *model, "--guidance", "1", "--guidance-options", "conditional_candidates=2.5"], "cannot be 2.5"),
+        (["sample", *model, "--guidance-preset", "1.1b-p8", "--guidance-method", "component"], "leave out the preset"),
+        (["sample", *model, "--guidance", "1", "--redundant-scale", "0"], "no density to guide"),
+        (["sweep", *model, "--output", str(run)], "is not empty"),
+        (["sweep", "--checkpoint", str(run / "best")], "--data"),
         (["train", "--output", str(run), "--resume", "training.steps=9", "model.flow.width=32"], "cannot be resumed"),
         (["train", "--output", str(run), "--resume", "training.steps=9", "model.whitening=true"], "cannot be resumed"),
         (["sample"], "--checkpoint"),

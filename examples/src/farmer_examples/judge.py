@@ -148,7 +148,8 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
         judge.fit(train)
         accuracy = _accuracy(judge, held_out)
         with published(path) as partial:
-            save_file(judge.state_dict(), partial, metadata={**expected, "accuracy": str(accuracy)})
+            weights = {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}
+            save_file(weights, partial, metadata={**expected, "accuracy": str(accuracy)})
         return judge, accuracy
     try:
         with safe_open(path, "pt") as file:
