@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from farmer_examples.data import ImageData
+from farmer_examples.data import DataError, ImageData
 from farmer_examples.storage import published
 from farmer_examples.torchvision_operators import torchvision  # before torch_fidelity, which imports it
 
@@ -137,8 +137,11 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
     """Return the judge kept in a file, trained and put there the first time, and its accuracy on held-out images.
 
     Raises:
+        DataError: if the images have no classes.
         OSError: if the file holds no judge of such images.
     """
+    if len(train.class_names) < 2 or (train.labels < 0).any():
+        raise DataError("a judge needs images of two classes or more, each with its label")
     channels, _, size = train[0][0].shape
     with torch.random.fork_rng():
         torch.manual_seed(0)

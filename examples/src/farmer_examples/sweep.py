@@ -28,6 +28,7 @@ __all__ = ["Setting", "settings_of", "sweep", "table"]
 COLUMNS = ["setting", *Quality._fields, "log_likelihood", "effective_candidates", "fell_back", "seconds"]
 GRID = 10
 """Images in a row of a picture; the contact sheet shows two rows of each setting."""
+FEWEST = 10
 REAL = 10_000
 """Real images that samples are measured against, at most."""
 
@@ -147,8 +148,11 @@ def sweep(
         per dimension; ``effective_candidates`` and ``fell_back`` of resampling; ``seconds`` an image.
 
     Raises:
-        SamplingError: if the folder holds something else, or a setting's samples are not finite.
+        SamplingError: if the folder holds something else, the images are too few, or a setting's samples are not
+            finite.
     """
+    if count < FEWEST:
+        raise SamplingError(f"distances need at least {FEWEST} images at each setting, got {count}")
     identity = {"model": of, "count": count, "seed": seed, "batch_size": batch_size}
     rows = _begun(output, identity)
     classes = len(model.class_names)

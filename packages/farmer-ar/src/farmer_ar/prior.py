@@ -220,7 +220,7 @@ class LatentPrior(nn.Module):
         """
         if redundant_scale < 0:
             raise ValueError(f"redundant_scale must not be negative, got {redundant_scale}")
-        if redundant_scale == 0 and redundant_guide is not None:
+        if redundant_scale == 0 and _uses_unconditional(redundant_guide):
             raise ValueError("redundant_scale must be above 0 beside a redundant_guide: at 0 there are no densities")
         labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.position.device)
         batch = labels_or_batch if isinstance(labels_or_batch, int) else labels_or_batch.shape[0]

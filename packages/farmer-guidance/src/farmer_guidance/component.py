@@ -11,7 +11,7 @@ from torch.types import _size
 
 from farmer_guidance.distributions import check_pair, draw, expanded_right, gaussians, pick, temper
 from farmer_guidance.gaussian import guided_gaussian
-from farmer_guidance.schedules import Scale, Temperature, check, is_zero, scale_at, temperature_at
+from farmer_guidance.schedules import Scale, Temperature, check, is_zero, placed, scale_at, temperature_at
 
 __all__ = ["ComponentGuidance"]
 
@@ -23,7 +23,8 @@ class ComponentGuidance:
     Component k is drawn by the conditional's weights, and the guided density of the two Gaussians numbered k,
     ``N(m_c, s_c^2)^(1+w) N(m_u, s_u^2)^(-w)`` (Eq. 15), is sampled channel by channel. That is not the guided density
     of the mixtures, unless both have one component: nothing pairs the components of two mixtures. A channel whose
-    guided precision is not positive is drawn from the conditional's component.
+    guided precision is not positive is drawn from the conditional's component; one whose precision is barely positive
+    is drawn far away, and nothing holds it back.
 
     Args:
         scale: w, at least 0; a number, a tensor that broadcasts to the batch shape, or a function of the position in
@@ -109,9 +110,7 @@ class ComponentGuidance:
             p.movedim(len(batch), 0).take_along_dim(expanded_right(component, len(event)), 0)
             for p in (own.loc, own.scale, other.loc, other.scale)
         )
-        if isinstance(scale, Tensor):
-            scale = expanded_right(scale.to(loc.device), len(event))
-        guided = guided_gaussian(loc, scale_c, other_loc, other_scale, scale)
+        guided = guided_gaussian(loc, scale_c, other_loc, other_scale, placed(scale, loc, len(event)))
         noise = torch.randn(loc.shape, dtype=loc.dtype, device=loc.device, generator=generator)
         drawn = guided.loc.where(guided.proper, loc) + guided.scale.where(guided.proper, scale_c) * noise
         return drawn.reshape(shape + batch + event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,7 +12,17 @@ import torch
 from torch import Generator, Size, Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
-__all__ = ["Gaussians", "check_pair", "draw", "expanded_right", "gaussians", "log_density", "pick", "temper"]
+__all__ = [
+    "Gaussians",
+    "check_pair",
+    "components",
+    "draw",
+    "expanded_right",
+    "gaussians",
+    "log_density",
+    "pick",
+    "temper",
+]
 
 
 class Gaussians(NamedTuple):
@@ -80,22 +91,25 @@ def pick(weights: Tensor, count: int, generator: Generator | None) -> Tensor:
 def log_density(distribution: Distribution, value: Tensor, within: Tensor) -> Tensor:
     """Return the log-density of ``(*sample, *batch, *event)`` values, in float32 or wider; -inf outside the support.
 
-    torch's distributions refuse values outside their support, but a value drawn from another may well be there:
-    ``within``, draws of the distribution's own that broadcast to the values, are scored in its place, and not used.
-
-    Raises:
-        ValueError: if a log-density is NaN.
+    torch's distributions refuse values outside their support, but a value drawn from another may well be there, and
+    rounding puts some of their own on its edge. One of ``within``, ``(draws, *rest)`` of the distribution's own that
+    broadcast to the values, is scored in its place, and not used.
     """
+    if value.is_floating_point():
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
     if not value.numel():  # which torch's Independent cannot score
         return torch.zeros(value.shape[: value.ndim - len(distribution.event_shape)], device=value.device)
     inside = _inside_support(distribution, value)
     if inside is None or inside.all():
         log_prob = distribution.log_prob(value)
     else:
-        value = value.where(expanded_right(inside, len(distribution.event_shape)), within)
+        event = len(distribution.event_shape)
+        sound = _inside_support(distribution, within)
+        if sound is not None:
+            first = sound.int().argmax(0, keepdim=True)
+            within = within.take_along_dim(expanded_right(first, event), 0)
+        value = value.where(expanded_right(inside, event), within.to(value.dtype))
         log_prob = distribution.log_prob(value).where(inside, -torch.inf)
-    if log_prob.isnan().any():
-        raise ValueError(f"a log-density of a {type(distribution).__name__} is NaN: its parameters are not finite")
     return log_prob.to(torch.promote_types(log_prob.dtype, torch.float32))
 
 
@@ -125,19 +139,24 @@ def temper(distribution: Distribution, *, weight: float = 1.0, scale: float = 1.
     if hasattr(distribution, "temper"):
         tempered: Distribution = distribution.temper(weight=weight, scale=scale)
         return tempered
-    if isinstance(distribution, Normal):
+    if type(distribution) is Normal:  # whose subclasses may be anything
         return Normal(distribution.loc, distribution.scale * scale, validate_args=False)
-    if isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
+    if type(distribution) is Independent and type(distribution.base_dist) is Normal:
         base = temper(distribution.base_dist, scale=scale)
         return Independent(base, distribution.reinterpreted_batch_ndims, validate_args=False)
-    if isinstance(distribution, MixtureSameFamily) and gaussians(distribution) is not None:
-        weights = Categorical(logits=distribution.mixture_distribution.logits * weight, validate_args=False)
+    if type(distribution) is MixtureSameFamily and (mixture := gaussians(distribution)) is not None:
+        weights = Categorical(logits=mixture.logits * weight, validate_args=False)
         components = temper(distribution.component_distribution, scale=scale)
         return MixtureSameFamily(weights, components, validate_args=False)
     raise TypeError(
         f"a {type(distribution).__name__} cannot be tempered: set its temperatures to 1, or give it a method "
         "temper(weight=, scale=); Normal, Independent(Normal) and MixtureSameFamily of these are known"
     )
+
+
+def components(distribution: Distribution) -> int:
+    """Return of how many components a mixture is; 1 for anything else."""
+    return distribution.component_distribution.batch_shape[-1] if hasattr(distribution, "component_distribution") else 1
 
 
 def gaussians(distribution: Distribution) -> Gaussians | None:
@@ -149,7 +168,7 @@ def gaussians(distribution: Distribution) -> Gaussians | None:
         normal = _normal(distribution.component_distribution)
         if normal is None:
             return None
-        return Gaussians(distribution.mixture_distribution.logits, normal.loc, normal.scale)
+        return Gaussians(_logits(distribution.mixture_distribution), normal.loc, normal.scale)
     normal = _normal(distribution)
     if normal is None:
         return None
@@ -159,5 +178,12 @@ def gaussians(distribution: Distribution) -> Gaussians | None:
 
 
 def _normal(distribution: Distribution) -> Normal | None:
-    base = distribution.base_dist if isinstance(distribution, Independent) else distribution
-    return base if isinstance(base, Normal) else None
+    base = distribution.base_dist if type(distribution) is Independent else distribution
+    return base if type(base) is Normal else None
+
+
+def _logits(categorical: Categorical) -> Tensor:
+    """Return the logits, -inf for a probability of 0, in whose place torch puts the logarithm of a small number."""
+    logits: Tensor = categorical.logits
+    floor = math.log(torch.finfo(logits.dtype).eps) - 1  # far above the logits whose probability rounds to 0
+    return logits.masked_fill((categorical.probs == 0) & (logits > floor), -torch.inf)

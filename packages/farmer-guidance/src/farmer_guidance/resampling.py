@@ -11,25 +11,41 @@ from torch import Generator, Size, Tensor
 from torch.distributions import Distribution
 from torch.types import _size
 
-from farmer_guidance.distributions import check_pair, draw, expanded_right, gaussians, log_density, pick, temper
+from farmer_guidance.distributions import (
+    check_pair,
+    components,
+    draw,
+    expanded_right,
+    gaussians,
+    log_density,
+    pick,
+    temper,
+)
 from farmer_guidance.gaussian import guided_gaussian
-from farmer_guidance.schedules import Scale, Temperature, check, is_zero, scale_at, temperature_at
+from farmer_guidance.schedules import Scale, Temperature, check, is_zero, placed, scale_at, temperature_at
 
 __all__ = ["PRESETS", "GuidedDraw", "ResamplingGuidance"]
 
-PRESETS: dict[str, dict[str, float]] = {
-    "1.1b-p16": {"scale": 2.5, "scale_temperature": 0.9, "density_weight_temperature": 0.2},
-    "1.1b-p8": {"scale": 2.0, "scale_temperature": 1.0, "density_weight_temperature": 0.2},
-    "1.9b-p16": {"scale": 3.5, "scale_temperature": 0.9, "density_weight_temperature": 0.2},
-    "1.9b-p8": {
-        "scale": 1.5,
-        "scale_temperature": 1.0,
-        "density_weight_temperature": 0.1,
-        "density_scale_temperature": 1.0,
-    },
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {
+        "scale": scale,
+        "conditional_candidates": 5,
+        "unconditional_candidates": 5,
+        "weighting": "per-proposal",
+        "weight_temperature": 1.0,
+        "scale_temperature": scale_temperature,
+        "density_weight_temperature": density_weight_temperature,
+        "density_scale_temperature": density_scale_temperature,
+        "resampling_temperature": 1.1,
+    }
+    for name, scale, scale_temperature, density_weight_temperature, density_scale_temperature in [
+        ("1.1b-p16", 2.5, 0.9, 0.2, 0.9),
+        ("1.1b-p8", 2.0, 1.0, 0.2, 0.9),
+        ("1.9b-p16", 3.5, 0.9, 0.2, 0.9),
+        ("1.9b-p8", 1.5, 1.0, 0.1, 1.0),
+    ]
 }
-"""What tells the paper's settings for its four models apart (Table 6); what they share :meth:`preset` adds."""
-
+"""The arguments of :class:`ResamplingGuidance` for the paper's models of ImageNet (Table 6), with its own weighting."""
 
 TEMPERATURES = (
     "weight_temperature",
@@ -46,7 +62,8 @@ class GuidedDraw(NamedTuple):
     sample: Tensor
     """``(*sample_shape, *batch, *event)``."""
     effective_sample_size: Tensor
-    """``(sum of weights)^2 / sum of squared weights`` of the candidates, float32; inf where the draw is exact."""
+    """``(sum of weights)^2 / sum of squared weights`` of the candidates, float32; inf where the draw is exact, and 0
+    where it fell back."""
     from_conditional: Tensor
     """Whether the draw was proposed by the conditional. Draws in closed form come from neither."""
     from_unconditional: Tensor
@@ -95,15 +112,19 @@ class ResamplingGuidance:
             tokens: cheaper by far, but draws repeat. Otherwise each draw has candidates of its own.
         exact: sample the guided Gaussian of two Gaussians in closed form.
 
+    Log-densities are computed in the distributions' own dtype, and weighed in float32 or wider.
+
     Raises:
         ValueError: if a setting is out of its range.
+        TypeError: if it is neither number, tensor nor function.
 
     Example:
         >>> import torch
         >>> from torch.distributions import Gamma
         >>> from farmer_guidance import ResamplingGuidance
         >>> guide = ResamplingGuidance(2.0, conditional_candidates=32, unconditional_candidates=32)
-        >>> draws = guide(Gamma(torch.tensor(5.0), 1.0), Gamma(torch.tensor(4.5), 1.0), (10000,))
+        >>> gammas = Gamma(torch.tensor(5.0), 1.0), Gamma(torch.tensor(4.5), 1.0)
+        >>> draws = guide(*gammas, (10000,), generator=torch.Generator().manual_seed(0))
         >>> bool((draws.mean() - 6).abs() < 0.1)        # p' is Gamma(5 + 2 (5 - 4.5), 1)
         True
     """
@@ -126,17 +147,17 @@ class ResamplingGuidance:
         for name in TEMPERATURES:
             check(name, getattr(self, name), positive=True)
         counts = self.conditional_candidates, self.unconditional_candidates
-        if min(counts) < 0 or sum(counts) < 1:
-            raise ValueError(f"candidates must be at least 0, and 1 in all, got {counts[0]} and {counts[1]}")
+        if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) < 1:
+            raise ValueError(f"candidates must be whole numbers, and 1 in all, got {counts[0]} and {counts[1]}")
         if self.weighting not in ("balance", "per-proposal"):
             raise ValueError(f'weighting must be "balance" or "per-proposal", got {self.weighting!r}')
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ResamplingGuidance:
-        """Return the paper's setting for one of its models (Table 6), with its own weighting.
+        """Return the paper's setting for one of its models (Table 6).
 
         Args:
-            name: ``"1.1b-p16"``, ``"1.1b-p8"``, ``"1.9b-p16"`` or ``"1.9b-p8"``.
+            name: one of :data:`PRESETS`.
             changes: arguments to set otherwise.
 
         Raises:
@@ -144,8 +165,7 @@ class ResamplingGuidance:
         """
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; known: {', '.join(PRESETS)}")
-        common = {"weighting": "per-proposal", "density_scale_temperature": 0.9, "resampling_temperature": 1.1}
-        return cls(**{**common, **PRESETS[name], **changes})
+        return cls(**{**PRESETS[name], **changes})
 
     @property
     def uses_unconditional(self) -> bool:
@@ -174,7 +194,7 @@ class ResamplingGuidance:
             ``(*sample_shape, *batch, *event)``.
 
         Raises:
-            ValueError: if the shapes differ, the scale does not broadcast to the batch, a log-density is NaN, or a
+            ValueError: if the shapes differ, the scale does not broadcast to the batch, all log-densities are NaN, or a
                 function gave a setting out of its range.
             TypeError: if a temperature is not 1 and a distribution cannot be tempered.
         """
@@ -223,13 +243,13 @@ class ResamplingGuidance:
         # candidates come first: (s_c + s_u, *sample, *batch, *event)
         counts = self.conditional_candidates, self.unconditional_candidates
         candidates_shape = Size() if self.pooled else shape
+        spare = draw(proposals[0], shape, generator)  # used or not, so that elements do not move each other's draws
         proposed = [
             draw(p, Size((max(n, 1),)) + candidates_shape, generator) for p, n in zip(proposals, counts, strict=True)
         ]
         candidates = torch.cat([values[:n] for values, n in zip(proposed, counts, strict=True)])
         log_c, ratio = _log_ratio(densities, candidates, proposed)
-        if isinstance(scale, Tensor):
-            scale = scale.to(ratio.device)
+        scale = placed(scale, ratio)
         # beside a candidate that the unconditional gives no mass no other counts, and among several of them log p_c
         # does: the limit of a floor under the unconditional that goes to 0
         infinite = ratio.isposinf()
@@ -252,13 +272,11 @@ class ResamplingGuidance:
         chosen = candidates.take_along_dim(expanded_right(index, candidates.ndim - weights.ndim), 0)
         index = index.reshape(shape + index.shape[weights.ndim - len(proposals[0].batch_shape) :])
         chosen = chosen.reshape(index.shape + chosen.shape[weights.ndim :])
-        if plain.any():
-            fresh = draw(proposals[0], shape, generator)
-            chosen = fresh.where(expanded_right(plain, chosen.ndim - index.ndim), chosen)
+        chosen = spare.where(expanded_right(plain, chosen.ndim - index.ndim), chosen)
         conditional = plain | (index < counts[0])
         return GuidedDraw(
             chosen,
-            size.where(~plain, torch.inf).float().expand(index.shape),
+            size.where(~unguided, torch.inf).where(~fell_back, 0.0).float().expand(index.shape),
             conditional,
             ~conditional,
             fell_back.expand(index.shape),
@@ -283,16 +301,16 @@ def _exact(
     pair: list[Distribution], scale: float | Tensor, widening: float, shape: Size, generator: Generator | None
 ) -> _Exact | None:
     """Draw from the guided Gaussian of two single ones; None for anything else."""
+    if any(components(p) != 1 for p in pair):
+        return None
     own, other = gaussians(pair[0]), gaussians(pair[1])
-    if own is None or other is None or own.logits.shape[-1] != 1 or other.logits.shape[-1] != 1:
+    if own is None or other is None:
         return None
     batch, event = pair[0].batch_shape, pair[0].event_shape
     loc, deviation, other_loc, other_deviation = (
         p.squeeze(len(batch)) for p in (own.loc, own.scale, other.loc, other.scale)
     )
-    if isinstance(scale, Tensor):
-        scale = expanded_right(scale.to(own.loc.device), len(event))
-    guided = guided_gaussian(loc, deviation, other_loc, other_deviation, scale, widening)
+    guided = guided_gaussian(loc, deviation, other_loc, other_deviation, placed(scale, loc, len(event)), widening)
     noise = torch.randn(shape + guided.loc.shape, dtype=own.loc.dtype, device=own.loc.device, generator=generator)
     drawn = _without_candidates(guided.loc + guided.scale * noise, shape + batch, conditional=False)
     return _Exact(drawn, guided.proper.flatten(len(batch)).all(-1) if event else guided.proper)
@@ -304,9 +322,19 @@ def _without_candidates(sample: Tensor, shape: Size, *, conditional: bool) -> Gu
 
 
 def _log_ratio(pair: list[Distribution], value: Tensor, proposed: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return ``log p_c`` and ``log p_c - log p_u``, which is -inf wherever the conditional has no mass."""
-    log_c, log_u = (log_density(p, value, own[:1]) for p, own in zip(pair, proposed, strict=True))
-    return log_c, (log_c - log_u).where(~log_c.isneginf(), -torch.inf)
+    """Return ``log p_c`` and ``log p_c - log p_u``, which is -inf wherever the conditional has no mass.
+
+    It is -inf also for a candidate that a distribution cannot score, such as one that rounding has put on an edge.
+
+    Raises:
+        ValueError: if for an element of the batch no candidate can be scored.
+    """
+    log_c, log_u = (log_density(p, value, own) for p, own in zip(pair, proposed, strict=True))
+    unknown = log_c.isnan() | log_u.isnan()
+    if unknown.all(0).any():
+        names = " or the ".join(type(p).__name__ for p in pair)
+        raise ValueError(f"all log-densities are NaN: the parameters of the {names} are not finite")
+    return log_c, (log_c - log_u).where(~log_c.isneginf() & ~unknown, -torch.inf)
 
 
 def _log_mixture(ratio: Tensor, conditional: int, unconditional: int) -> Tensor:

@@ -16,6 +16,7 @@ __all__ = [
     "Temperature",
     "check",
     "is_zero",
+    "placed",
     "scale_at",
     "temperature_at",
 ]
@@ -65,7 +66,7 @@ class CosineSchedule(LinearSchedule):
 
 
 def scale_at(setting: Scale, progress: float, batch: Size) -> float | Tensor:
-    """Return the guidance scale at a position, 0 to 1, for a batch of this shape.
+    """Return the guidance scale at a position, 0 to 1, for a batch of this shape; the number 0 where all are 0.
 
     Raises:
         ValueError: if a schedule gave one out of its range, or it does not broadcast to the batch.
@@ -78,7 +79,16 @@ def scale_at(setting: Scale, progress: float, batch: Size) -> float | Tensor:
             fits = False
         if not fits:
             raise ValueError(f"a scale of shape {tuple(scale.shape)} does not broadcast to a batch of {tuple(batch)}")
+        if not scale.any():
+            return 0.0
     return scale
+
+
+def placed(scale: float | Tensor, like: Tensor, event_dims: int = 0) -> float | Tensor:
+    """Return a scale with the dtype and device of what it multiplies, and dimensions of size 1 for its event."""
+    if not isinstance(scale, Tensor):
+        return scale
+    return scale.to(like).reshape(scale.shape + (1,) * event_dims)
 
 
 def temperature_at(name: str, setting: Temperature, progress: float) -> float:
@@ -99,12 +109,19 @@ def _at(name: str, setting: Scale, progress: float, *, positive: bool = False) -
 
 
 def check(name: str, setting: Scale, *, positive: bool = False) -> None:
-    """Refuse a setting that is negative, not finite or, where ``positive``, zero, as far as it can be known."""
+    """Refuse a setting that is negative or not finite, or that has to be ``positive`` and is not one such number.
+
+    Of functions other than schedules it cannot be known before they are called.
+    """
     if isinstance(setting, LinearSchedule):
         check(f"{name}.start", setting.start, positive=positive)
         check(f"{name}.end", setting.end, positive=positive)
     elif not callable(setting):
+        if not isinstance(setting, int | float | Tensor) or isinstance(setting, bool):
+            raise TypeError(f"{name} must be a number, a tensor or a function of the position, got {setting!r}")
         values = torch.as_tensor(setting)
+        if positive and values.numel() != 1:
+            raise ValueError(f"{name} must be one number for the whole batch, got {values.numel()}")
         if not (values.isfinite() & (values > 0 if positive else values >= 0)).all():
             raise ValueError(f"{name} must be finite and {'above 0' if positive else 'at least 0'}, got {setting}")
 
