@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 
 import pytest
-from farmer_examples import judge
+from farmer_examples import judge, sampling, sweep
 from farmer_examples.__main__ import main
+from farmer_examples.sampling import SamplingError
 from farmer_examples.storage import checkpoints
 from PIL import Image
 
@@ -118,6 +120,7 @@ def test_redundant_scales_make_a_sheet(run, tmp_path):
     """The same images with every factor: at 1 they are those of a plain draw."""
     sample = ["sample", "--checkpoint", str(run), "--count", "4"]
     main([*sample, "--redundant-scale", "0", "1", "4", "--files", "--output", str(tmp_path / "sheet")])
+    main([*sample, "--redundant-scale", "0", "--guidance", "1", "--output", str(tmp_path / "guided")])
     main([*sample, "--output", str(tmp_path / "plain")])
     table, plain = rows(tmp_path / "sheet" / "samples.csv"), rows(tmp_path / "plain" / "samples.csv")
     assert [row["redundant_scale"] for row in table] == ["0"] * 4 + ["1"] * 4 + ["4"] * 4
@@ -134,42 +137,67 @@ def test_a_sweep_goes_on_where_it_was_interrupted(run, tmp_path, capsys, monkeyp
     command = ["sweep", "--checkpoint", str(run), "--count", "30", "--output", str(output)]
     main([*command, "--guidance", "0", "1", "--guidance-method", "resampling", "component"])
     first = rows(output / "sweep.csv")
-    assert [row["setting"] for row in first] == ["no guidance", "w = 1, resampling", "w = 1, component"]
-    for row in first:
-        assert 0 <= float(row["consistency"]) <= 1
-        assert 0 <= float(row["precision"]) <= 1
-        assert 0 <= float(row["recall"]) <= 1
-        assert float(row["frechet"]) > 0
-    assert 1 < float(first[1]["effective_candidates"]) <= 10
-    assert float(first[1]["fell_back"]) == 0
+    assert [row["name"] for row in first] == [
+        "real images, held out",
+        "no guidance",
+        "w = 1, resampling",
+        "w = 1, component",
+    ]
+    assert [(row["scale"], row["method"]) for row in first[2:]] == [("1.0", "resampling"), ("1.0", "component")]
+    assert 1 < float(first[2]["effective_candidates"]) <= 10
+    assert 0 < float(first[2]["from_conditional"]) < 1
+    assert float(first[2]["fell_back"]) == 0
     assert "training the judge" in capsys.readouterr().err
-    kept = json.loads((output / "sweep.json").read_text())
-    kept["rows"]["no guidance"]["recall"] = 0.25  # what is kept is not drawn again
-    (output / "sweep.json").write_text(json.dumps(kept))
+    file = output / "sweep.json"
+    kept = json.loads(file.read_text())
+    kept["rows"][1]["recall"] = 0.25  # what is kept is not drawn again
+    file.write_text(json.dumps(kept))
     main([*command, "--guidance", "0", "2", "--guidance-options", "scale_temperature=[0.8, 1.0]"])
     printed = capsys.readouterr()
     assert "training the judge" not in printed.err
-    settings = [row["setting"] for row in rows(output / "sweep.csv")]
-    assert settings[:3] == [row["setting"] for row in first]
-    assert settings[3:] == [
+    names = [row["name"] for row in rows(output / "sweep.csv")]
+    assert names[:4] == [row["name"] for row in first]
+    assert names[4:] == [
         "no guidance, scale_temperature 0.8",
-        "no guidance, scale_temperature 1.0",
         "w = 2, resampling, scale_temperature 0.8",
         "w = 2, resampling, scale_temperature 1.0",
     ]
-    assert rows(output / "sweep.csv")[0]["recall"] == "0.25"
+    assert rows(output / "sweep.csv")[1]["recall"] == "0.25"
     assert len(list((output / "settings").iterdir())) == 7
     assert (output / "sheet.png").is_file()
-    for arguments, message in [
-        (["--seed", "1"], "choose another folder"),
-        (["--data", "cifar10"], "data.source"),
-        (["--judge", str(run / "config.yaml")], "holds no judge"),
-        (["--guidance", "-1"], "scale must be finite and at least 0"),
-    ]:
+
+    def refused(*arguments, command=command):
         with pytest.raises(SystemExit) as stop:
             main([*command, "--guidance", "0", *arguments])
         assert stop.value.code == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
+
+    assert "name another" in refused("--seed", "1")
+    assert "not of the size or channels" in refused("--data", "fashion-mnist")
+    assert "holds no judge" in refused("--judge", str(run / "config.yaml"))
+    os.utime(run / "judge.safetensors")  # another judge in its place
+    assert "name another" in refused()
+    for content in ("[]", "{", '{"of": {}, "rows": []}', '{"of": {}, "rows": [{}]}'):
+        file.write_text(content)
+        assert str(output) in refused()
+
+
+def test_a_setting_that_fails_does_not_stop_a_sweep(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "EPOCHS", range(1, 2))
+
+    def draw(*arguments, guides, **options):
+        if guides.guide.uses_unconditional:
+            raise SamplingError("not finite")
+        return sampling.draw(*arguments, guides=guides, **options)
+
+    monkeypatch.setattr(sweep, "draw", draw)
+    command = ["sweep", "--checkpoint", str(run), "--count", "20", "--output", str(tmp_path / "sweep")]
+    main([*command, "--guidance", "1", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("w = 1")).endswith("not finite")
+    assert [row["name"] for row in rows(tmp_path / "sweep" / "sweep.csv")] == ["real images, held out", "no guidance"]
 
 
 def test_likelihoods_of_folders_by_class(run, tmp_path):
@@ -237,14 +265,19 @@ def test_mistakes_end_in_a_message(run, tmp_path, capsys):
         (["sample", *model, "--class", "eleven"], "no class 'eleven'"),
         (["sample", *model, "--output", str(run)], "is not empty"),
         (["sample", *model, "--guidance", "-1"], "scale must be finite and at least 0, got -1.0"),
-        (["sample", *model, "--guidance-options", "weighting=balance"], "need a guidance scale or a preset"),
+        (["sample", *model, "--guidance-options", "weighting=balance"], "need --guidance or --guidance-preset"),
+        (["sample", *model, "--guidance-method", "component"], "need --guidance or --guidance-preset"),
+        (["sample", *model, "--guidance", "1", "--guidance-options", "scale_temperature=high"], "cannot be 'high'"),
+        (["sample", *model, "--guidance", "1", "--class", "none"], "guidance contrasts classes with none"),
         (["sample", *model, "--guidance", "1", "--guidance-options", "wieghting=balance"], "mean 'weighting'?"),
         (["sample", *model, "--guidance", "1", "--guidance-options", "weighting"], "expected KEY=VALUE"),
         (["sample", *model, "--guidance", "1", "--guidance-options", "weighting=most"], "weighting must be"),
         (["sample", *model, "--guidance", "1", "--guidance-options", "conditional_candidates=2.5"], "cannot be 2.5"),
         (["sample", *model, "--guidance-preset", "1.1b-p8", "--guidance-method", "component"], "leave out the preset"),
-        (["sample", *model, "--guidance", "1", "--redundant-scale", "0"], "no density to guide"),
         (["sweep", *model, "--output", str(run)], "is not empty"),
+        (["sweep", *model, "--output", str(tmp_path / "sweep"), "--count", "9"], "at least 10 images of each kind"),
+        (["sweep", *model, "--guidance-options", "scale_temperature=[]"], "values of scale_temperature is empty"),
+        (["sweep", *model, "--guidance-options", "scale_temprature=1"], "did you mean 'scale_temperature'?"),
         (["sweep", "--checkpoint", str(run / "best")], "--data"),
         (["train", "--output", str(run), "--resume", "training.steps=9", "model.flow.width=32"], "cannot be resumed"),
         (["train", "--output", str(run), "--resume", "training.steps=9", "model.whitening=true"], "cannot be resumed"),

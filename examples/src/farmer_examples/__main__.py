@@ -7,10 +7,8 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from farmer_guidance import PRESETS
 from safetensors import SafetensorError
@@ -18,13 +16,12 @@ from safetensors import SafetensorError
 from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
 from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
-from farmer_examples.guidance import METHODS, SCHEDULES, make_guides
-from farmer_examples.judge import judge_of
+from farmer_examples.guidance import METHODS, SCHEDULES, Guides, Setting, read_options, settings_of
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
-from farmer_examples.sweep import settings_of, sweep, table
+from farmer_examples.sweep import stamp, sweep, table
 from farmer_examples.training import CONFIG, TrainingError, resumed_config, train
 
 __all__ = ["main"]
@@ -91,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--class", nargs="+", metavar="CLASS", help="by name or number, or none (all classes)")
     command.add_argument("--count", type=_positive, default=100, help="images in all (100)")
     command.add_argument("--guidance", type=float, metavar="SCALE", help="guidance scale w; 0 is no guidance (none)")
-    command.add_argument("--guidance-method", choices=list(METHODS), default="resampling", help="(resampling)")
+    command.add_argument("--guidance-method", choices=list(METHODS), help="component is the naive one (resampling)")
     _add_guidance(command)
     command.add_argument(
         "--redundant-scale",
@@ -176,7 +173,6 @@ def _add_guidance(command: argparse.ArgumentParser, more: str = "") -> None:
     command.add_argument(
         "--guidance-schedule",
         choices=["constant", *SCHEDULES],
-        default="constant",
         help="let the scale grow from 0 at the first token to its value at the last (constant)",
     )
     command.add_argument(
@@ -214,19 +210,6 @@ def _factor(text: str) -> float:
     return factor
 
 
-def _guidance_options(options: argparse.Namespace) -> dict[str, Any]:
-    chosen = {}
-    for text in options.guidance_options:
-        key, equals, value = text.partition("=")
-        try:
-            chosen[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or chosen[key] is None:
-            raise ConfigError(f"--guidance-options {text}: expected KEY=VALUE, as in scale_temperature=0.9")
-    return chosen
-
-
 def _train(options: argparse.Namespace) -> None:
     if options.config is not None:
         config = load_config(options.config, options.overrides)
@@ -248,14 +231,23 @@ def _load(checkpoint: Path) -> Farmer:
     return model.to(PartialState(cpu=lacks_float64()).device).eval()
 
 
+def _guides(options: argparse.Namespace) -> Guides:
+    scale, preset = options.guidance, options.guidance_preset
+    if scale is None and preset is None:
+        if options.guidance_method or options.guidance_options or options.guidance_schedule:
+            raise ConfigError("settings of guidance need --guidance or --guidance-preset")
+        return Guides()
+    return Setting(
+        PRESETS[preset]["scale"] if scale is None else scale,
+        options.guidance_method or "resampling",
+        preset,
+        options.guidance_schedule or "constant",
+        read_options(options.guidance_options),
+    ).guides()
+
+
 def _sample(options: argparse.Namespace) -> None:
-    guides = make_guides(
-        options.guidance,
-        preset=options.guidance_preset,
-        method=options.guidance_method,
-        schedule=options.guidance_schedule,
-        options=_guidance_options(options),
-    )
+    guides = _guides(options)
     model = _load(options.checkpoint)
     chosen = getattr(options, "class") or range(len(model.class_names)) or ["none"]
     classes = [model.label(name) for name in chosen]
@@ -275,33 +267,34 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    choices = {k: v if isinstance(v, list) else [v] for k, v in _guidance_options(options).items()}
+    choices = {k: v if isinstance(v, list) else [v] for k, v in read_options(options.guidance_options).items()}
     settings = settings_of(
         options.guidance,
         options.guidance_method,
         preset=options.guidance_preset,
-        schedule=options.guidance_schedule,
+        schedule=options.guidance_schedule or "constant",
         options=choices,
     )
     folder, model = find_model(options.checkpoint), _load(options.checkpoint)
     if options.data is None and not (options.checkpoint / CONFIG).is_file():
         raise ConfigError(f"{options.checkpoint} is not a run: name its training's configuration with --data")
     data = load_config(options.data or options.checkpoint / CONFIG).data
+    if (data.image_size, data.channels) != (model.image_size, model.channels):
+        raise ConfigError(f"the model's images are not of the size or channels of {data.source} as configured")
     train, held_out = data.load("train"), data.load("test")
     if list(train.class_names) != model.class_names:
         raise ConfigError(f"the classes of {data.source} are not the model's: name its training's data with --data")
-    judge, accuracy = judge_of(options.judge or options.checkpoint / "judge.safetensors", train, held_out, model.device)
-    print(f"the judge is right on {accuracy:.1%} of the held-out images")
     rows = sweep(
         model,
         settings,
         options.output,
-        judge=judge,
-        real=train,
+        train=train,
+        held_out=held_out,
+        judge_file=options.judge or options.checkpoint / "judge.safetensors",
         count=options.count,
         seed=options.seed,
         batch_size=options.batch_size,
-        of=str(folder.resolve()),
+        origin=stamp(folder / "model.safetensors"),
     )
     print(table(rows))
     print(f"{options.output / 'sheet.png'} and {options.output / 'sweep.csv'}")

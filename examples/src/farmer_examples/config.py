@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from farmer_examples.data import ImageData, load_images
 from farmer_examples.model import Farmer, TrainingNoise
 
-__all__ = ["Config", "ConfigError", "load_config", "load_options", "nearest", "shipped_configs"]
+__all__ = ["Config", "ConfigError", "load_config", "load_options", "nearest", "number", "shipped_configs"]
 
 
 class ConfigError(ValueError):
@@ -273,12 +273,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key}: {section} is a value, not a section, in the override {override!r}")
         content = inner
     try:
-        content[last] = _number(yaml.safe_load(value))
+        content[last] = number(yaml.safe_load(value))
     except yaml.YAMLError:
         raise ConfigError(f"the value of the override {override!r} is not valid YAML") from None
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """Read 1e-4 as a number, which YAML 1.1 takes for text."""
     try:
         return float(value) if isinstance(value, str) else value

@@ -9,7 +9,7 @@ from sklearn.svm import SVC
 
 from farmer_examples.config import ConfigError, load_config
 from farmer_examples.data import ImageData
-from farmer_examples.guidance import Guides, make_guides
+from farmer_examples.guidance import Guides, Setting
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.model import Farmer
 from farmer_examples.pictures import grid, save_sheet
@@ -41,7 +41,7 @@ def demo(output: Path, name: str = "digits", overrides: list[str] | None = None)
     classifier = SVC(gamma="scale").fit(*_pixels(real))
     accuracy = classifier.score(*_pixels(held_out))
     sheet, consistency = [], []
-    for title, guides in [("unguided", Guides()), (f"guided, w = {GUIDANCE:g}", make_guides(GUIDANCE))]:
+    for title, guides in [("unguided", Guides()), (f"guided, w = {GUIDANCE:g}", Setting(GUIDANCE).guides())]:
         samples, _ = draw(model, labels, seed=0, batch_size=250, guides=guides)
         consistency.append(classifier.score(samples.flatten(1).numpy(), labels.numpy()))
         sheet.append((f"{title}: {consistency[-1]:.1%} as asked", grid(samples[:50], columns=10, scale=8)))

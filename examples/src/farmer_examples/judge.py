@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,9 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map uint8 ``(batch, channels, size, size)`` to features ``(batch, 512)`` and logits ``(batch, classes)``."""
+        shape = (self.channels, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != shape:
+            raise ValueError(f"images must be (batch, {', '.join(map(str, shape))}), got {tuple(images.shape)}")
         pixels = (images.float() / 127.5 - 1).expand(-1, 3, -1, -1)
         if self.image_size < SMALLEST:
             pixels = nn.functional.interpolate(pixels, size=SMALLEST, mode="bilinear", antialias=True)
@@ -146,7 +150,12 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
     with torch.random.fork_rng():
         torch.manual_seed(0)
         judge = Judge(size, channels, len(train.class_names)).to(device)
-    expected = {"image_size": str(size), "channels": str(channels), "classes": "\n".join(train.class_names)}
+    expected = {
+        "image_size": str(size),
+        "channels": str(channels),
+        "classes": "\n".join(train.class_names),
+        "images": f"{len(train)} and {len(held_out)}, {_digest(train)}",
+    }
     if not path.exists():
         judge.fit(train)
         accuracy = _accuracy(judge, held_out)
@@ -165,6 +174,12 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
     except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
         raise OSError(f"{path} holds no judge: {error}; name another file with --judge, or remove it") from error
     return judge.eval(), accuracy
+
+
+def _digest(data: ImageData) -> str:
+    """Return what tells a data set from another: of some of its images and labels."""
+    images, labels = data.__getitems__(data.spread(100))
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def _accuracy(judge: Judge, data: ImageData) -> float:

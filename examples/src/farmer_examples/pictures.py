@@ -41,12 +41,13 @@ def read_picture(path: Path) -> Tensor:
 def save_sheet(rows: list[tuple[str, Tensor]], path: Path) -> None:
     """Write pictures, uint8 ``(channels, height, width)``, below each other, each under its title."""
     pictures = [picture for _, picture in rows]
-    width = max(picture.shape[2] for picture in pictures) / 100
+    width = max(3.0, *(picture.shape[2] / 100 for picture in pictures))
     heights = [picture.shape[1] / 100 + 0.3 for picture in pictures]
     size = (width + 0.2, sum(heights) + 0.1)
     figure, axes = pyplot.subplots(len(rows), figsize=size, layout="constrained", height_ratios=heights, squeeze=False)
     for axis, (title, _), picture in zip(axes[:, 0], rows, pictures, strict=True):
         axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_anchor("W")
         axis.set_title(title, fontsize=9, loc="left", pad=3)
         axis.axis("off")
     with published(path) as partial:

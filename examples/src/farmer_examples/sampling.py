@@ -41,7 +41,7 @@ def draw(
         labels: negative for no class.
         seed: same seed, labels and batch size: same images.
         batch_size: images drawn at once.
-        guides: see :func:`~farmer_examples.guidance.make_guides`.
+        guides: see :class:`~farmer_examples.guidance.Setting`.
         redundant_scale: factor on the variances of the prior's shared mixture.
 
     Returns:
@@ -56,7 +56,10 @@ def draw(
         for part in labels.to(model.device).split(batch_size):
             drawn = model.sample(part, **guides._asdict(), redundant_scale=redundant_scale, generator=generator)
             if not drawn.isfinite().all():
-                raise SamplingError("the model's samples are not finite: its training has diverged")
+                raise SamplingError(
+                    "the samples are not finite: "
+                    + ("guidance is too strong" if guides.need_classes else "the model's training has diverged")
+                )
             images.append(model.to_uint8(drawn).cpu())
             densities.append(model(drawn, part))
             bar.update(len(part))
@@ -99,12 +102,13 @@ def save_samples(
     check_empty(output)
     if tuple(redundant_scales) != (1.0,) and getattr(model.prior, "redundant", True) is None:
         raise SamplingError("this model has no redundant channels to scale: its informative_dim is all of a token")
-    if 0 in redundant_scales and guides.redundant_guide is not None:
-        raise SamplingError("a redundant scale of 0 leaves no density to guide: take a small one, or no guidance")
+    if guides.need_classes and (labels < 0).all():
+        raise SamplingError("guidance contrasts classes with none: name classes, or leave guidance out")
     names = [model.class_names[label] if label >= 0 else "none" for label in labels.tolist()]
     sheet, rows, pictures = [], [], []
     for factor in redundant_scales:
-        images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=guides, redundant_scale=factor)
+        used = guides if factor else guides._replace(redundant_guide=None)  # 0 leaves no density to guide
+        images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=used, redundant_scale=factor)
         picture = grid(images, columns, scale=max(1, 64 // model.image_size))
         sheet.append((f"redundant variance x {factor:g}", picture))
         for name, image, prior, logdet in zip(names, images, *(t.tolist() for t in density), strict=True):
