@@ -358,6 +358,15 @@ def test_guided_tokens_follow_the_guided_mixture():
     assert ((z[scale == 0].mean(0) - mean).abs() > 5 * error).any()  # the test can tell the two apart
 
 
+def test_mixtures_that_are_not_finite_are_named(prior):
+    with pytest.raises(FloatingPointError, match="what a guide has drawn"):
+        prior.sample(LABELS, guide=lambda conditional, *_: torch.full_like(conditional.sample(), torch.inf))
+    with torch.no_grad():
+        prior.embed.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="a mixture is not finite"):
+        prior.sample(LABELS)
+
+
 def test_redundant_guides_need_densities():
     with pytest.raises(ValueError, match="redundant_scale must be above 0 beside a redundant_guide"):
         make().sample(LABELS, redundant_guide=ResamplingGuidance(1.0, pooled=True), redundant_scale=0.0)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from farmer_examples import judge as judge_module
 from farmer_examples.config import ConfigError
 from farmer_examples.data import DataError, ImageData
 from farmer_examples.guidance import Setting, settings_of
@@ -45,8 +46,9 @@ def test_quality_of_known_samples():
     assert collapsed.recall < 0.1
 
 
-def test_a_judge_learns_and_is_kept(tmp_path):
+def test_a_judge_learns_and_is_kept(tmp_path, monkeypatch):
     """Bright against dark: right on all held-out images, the second time without training."""
+    monkeypatch.setattr(judge_module, "EPOCHS", range(1, 6))
     dark, bright = images(128, low=0, high=100), images(128, low=156, high=256)
     data = ImageData(torch.cat([dark, bright]), torch.arange(2).repeat_interleave(128), ("dark", "bright"))
     file = tmp_path / "judge.safetensors"

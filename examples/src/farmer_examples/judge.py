@@ -154,7 +154,7 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
         "image_size": str(size),
         "channels": str(channels),
         "classes": "\n".join(train.class_names),
-        "images": f"{len(train)} and {len(held_out)}, {_digest(train)}",
+        "images": f"{len(train)} and {len(held_out)}, {_digest(train)} and {_digest(held_out)}",
     }
     if not path.exists():
         judge.fit(train)

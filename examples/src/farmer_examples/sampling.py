@@ -54,12 +54,12 @@ def draw(
     images, densities = [], []
     with tqdm(total=len(labels), unit="image", disable=len(labels) <= batch_size) as bar:
         for part in labels.to(model.device).split(batch_size):
-            drawn = model.sample(part, **guides._asdict(), redundant_scale=redundant_scale, generator=generator)
+            try:
+                drawn = model.sample(part, **guides._asdict(), redundant_scale=redundant_scale, generator=generator)
+            except FloatingPointError as error:
+                raise SamplingError(f"the samples are not finite: {error}") from None
             if not drawn.isfinite().all():
-                raise SamplingError(
-                    "the samples are not finite: "
-                    + ("guidance is too strong" if guides.need_classes else "the model's training has diverged")
-                )
+                raise SamplingError("the samples are not finite: the model's training has diverged, or the guidance")
             images.append(model.to_uint8(drawn).cpu())
             densities.append(model(drawn, part))
             bar.update(len(part))
@@ -73,7 +73,8 @@ def check_empty(output: Path) -> None:
     Raises:
         SamplingError: if there is.
     """
-    if output.is_dir() and any(output.iterdir()):
+    # a name that begins with .partial- is what a killed process has left of a file
+    if output.is_dir() and any(not path.name.startswith(".partial-") for path in output.iterdir()):
         raise SamplingError(f"the folder {output} is not empty: choose another, or remove it")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -35,6 +36,9 @@ FEWEST = 10
 
 REAL = 10_000
 """Real images that samples are measured against, at most."""
+
+LONGEST = 100
+"""Characters of a setting's name in the name of its picture."""
 
 HELD_OUT = "real images, held out"
 
@@ -80,15 +84,17 @@ def sweep(
     """Draw images at every setting from the same labels and seed, measure them, and lay them side by side.
 
     Leaves ``sweep.csv``, ``sheet.png`` and a picture of each setting in the folder, and renews them after each
-    setting. Called again for the same model, judge, seed and count, a sweep goes on where it was interrupted, and
-    further settings join it. A setting whose samples are not finite is reported, and tried again the next time.
+    setting. Called again for the same model, judge, seed, count and batch size, a sweep goes on where it was
+    interrupted, and further settings join it. A setting whose samples are not finite is reported, and tried again the
+    next time.
 
     Args:
         model: on any device.
         settings: see :func:`~farmer_examples.guidance.settings_of`.
         output: a folder of its own.
         train: real images with their classes, to measure distances from and to train the judge on.
-        held_out: more of them, the judge's test and the measure of what can be reached.
+        held_out: more of them, the judge's test, and measured as samples are, for comparison. Where they are fewer
+            than ``count`` their distance comes out larger than that of as many.
         judge_file: see :func:`~farmer_examples.judge.judge_of`.
         count: images at each setting; classes by turns.
         seed: of the images.
@@ -204,7 +210,10 @@ def _keep(output: Path, identity: dict[str, Any], rows: dict[str, dict[str, Any]
 
 
 def _file(output: Path, name: str) -> Path:
-    return output / "settings" / f"{name.replace(', ', '_').replace(' ', '')}.png"
+    short = name.replace(", ", "_").replace(" ", "")
+    if len(short) > LONGEST:
+        short = f"{short[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return output / "settings" / f"{short}.png"
 
 
 def _picture(output: Path, name: str, images: Tensor) -> None:

@@ -217,6 +217,7 @@ class LatentPrior(nn.Module):
         Raises:
             ValueError: if the labels have the wrong shape or one is out of range, the factor is negative, or it is 0
                 beside a redundant guide, which needs densities.
+            FloatingPointError: if the parameters, or what a guide has drawn, lead to mixtures that are not finite.
         """
         if redundant_scale < 0:
             raise ValueError(f"redundant_scale must not be negative, got {redundant_scale}")
@@ -275,6 +276,8 @@ def _draw(
     generator: Generator | None,
 ) -> Tensor:
     """Draw from mixtures ``(paths, batch)``, the conditional first and the unconditional last, as the guide says."""
+    if not (mixture.logits.isfinite().all() and mixture.loc.isfinite().all()):
+        raise FloatingPointError("a mixture is not finite: the parameters, or what a guide has drawn, have diverged")
     conditional, unconditional = (
         DiagonalMixture(mixture.logits[path], mixture.loc[path], mixture.scale[path], validate_args=False)
         for path in (0, -1)

@@ -73,8 +73,8 @@ class ComponentGuidance:
         Args:
             conditional: a diagonal Gaussian, or a mixture of them: what has the attributes
                 ``mixture_distribution`` and ``component_distribution`` of torch's ``MixtureSameFamily``.
-            unconditional: another with the same shapes and number of components. Where the scale is 0 it is not
-                looked at.
+            unconditional: another with the same shapes and number of components. Where the scale is 0 throughout
+                it is not looked at.
             sample_shape: how many draws of each element of the batch.
             progress: the position in the sequence, 0 to 1, for settings that are functions of it.
             generator: of random numbers, on the distributions' device.
@@ -111,6 +111,6 @@ class ComponentGuidance:
             for p in (own.loc, own.scale, other.loc, other.scale)
         )
         guided = guided_gaussian(loc, scale_c, other_loc, other_scale, placed(scale, loc, len(event)))
-        noise = torch.randn(loc.shape, dtype=loc.dtype, device=loc.device, generator=generator)
+        noise = torch.randn(loc.shape, dtype=guided.loc.dtype, device=loc.device, generator=generator)
         drawn = guided.loc.where(guided.proper, loc) + guided.scale.where(guided.proper, scale_c) * noise
-        return drawn.reshape(shape + batch + event)
+        return drawn.to(loc.dtype).reshape(shape + batch + event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["GuidedGaussian", "guided_gaussian"]
@@ -30,7 +31,7 @@ def guided_gaussian(
         ``1 / s^2 = 1 / s_c^2 + w (1 / (b s_c)^2 - 1 / (b s_u)^2)``  and
         ``m = m_c + w s^2 (m_c - m_u) / (b s_u)^2``,
 
-    a density only where the first is positive.
+    a density only where the first is positive. Computed and returned in float32 or wider.
 
     Args:
         loc: ``m_c``, of any shape; the other tensors broadcast with it.
@@ -40,6 +41,9 @@ def guided_gaussian(
         guidance: ``w``.
         widening: ``b``.
     """
+    loc, scale, other_loc, other_scale = (
+        p.to(torch.promote_types(p.dtype, torch.float32)) for p in (loc, scale, other_loc, other_scale)
+    )
     own, other = (widening * scale).pow(-2), (widening * other_scale).pow(-2)
     precision = scale.pow(-2) + guidance * (own - other)
     proper = (precision > 0) & precision.isfinite()

@@ -90,11 +90,16 @@ class ResamplingGuidance:
 
     Temperatures (A.2) change what proposes, and separately the ratio ``r`` that guides. With ``q`` the tempered
     proposals and ``v`` the tempered densities the target is ``q_c (v_c / v_u)^w``, so that the guidance scale 0 always
-    means plain draws of ``q_c``. The paper speaks of "the variance sigma_k" where it introduces T_sigma; sigma is the
-    standard deviation elsewhere in it, and is taken as such here.
+    means plain draws of ``q_c``. Per-proposal weights keep to it where ``v`` is ``q``; otherwise the unconditional's
+    candidates follow ``q_u (v_c / v_u)^(w + 1)``, and the draw is a mixture of both. The paper speaks of "the variance
+    sigma_k" where it introduces T_sigma; sigma is the standard deviation elsewhere in it, and is taken as such here.
 
     Two diagonal Gaussians (``Normal``, ``Independent(Normal)``, mixtures of one component) have a guided Gaussian
-    wherever its precision is positive in every channel; it is then sampled exactly, unless ``exact`` is False.
+    wherever its precision is positive in every channel; it is then sampled exactly, unless ``exact`` is False, the
+    resampling temperature is not 1, or weights are per proposal and the temperatures of proposals and densities differ.
+
+    Elements of a batch are drawn independently. With the same seed they are the same draws whatever the others are,
+    but for Gaussians, where a neighbour without a closed form takes more random numbers.
 
     Args:
         scale: w, at least 0. A number; a tensor that broadcasts to the batch shape, so that each element has its own;
@@ -185,7 +190,7 @@ class ResamplingGuidance:
 
         Args:
             conditional: any distribution.
-            unconditional: another with its batch and event shapes. Where the scale is 0 it is not looked at.
+            unconditional: another with its batch and event shapes. Where the scale is 0 throughout it is not looked at.
             sample_shape: how many draws of each element of the batch.
             progress: the position in the sequence, 0 to 1, for settings that are functions of it.
             generator: of random numbers, on the distributions' device.
@@ -224,7 +229,9 @@ class ResamplingGuidance:
         proposals.append(temper(unconditional, **proposal))
         densities = proposals if density == proposal else [temper(p, **density) for p in (conditional, unconditional)]
         exact = None
-        if self.exact and now["resampling_temperature"] == 1:
+        # per-proposal weights of different temperatures mean no density that has a closed form
+        consistent = self.weighting == "balance" or density == proposal
+        if self.exact and consistent and now["resampling_temperature"] == 1:
             exact = _exact(proposals, scale, density["scale"] / proposal["scale"], shape, generator)
         if exact is not None and exact.proper.all():
             return exact.draw
@@ -311,8 +318,9 @@ def _exact(
         p.squeeze(len(batch)) for p in (own.loc, own.scale, other.loc, other.scale)
     )
     guided = guided_gaussian(loc, deviation, other_loc, other_deviation, placed(scale, loc, len(event)), widening)
-    noise = torch.randn(shape + guided.loc.shape, dtype=own.loc.dtype, device=own.loc.device, generator=generator)
-    drawn = _without_candidates(guided.loc + guided.scale * noise, shape + batch, conditional=False)
+    noise = torch.randn(shape + guided.loc.shape, dtype=guided.loc.dtype, device=loc.device, generator=generator)
+    sample = (guided.loc + guided.scale * noise).to(loc.dtype)
+    drawn = _without_candidates(sample, shape + batch, conditional=False)
     return _Exact(drawn, guided.proper.flatten(len(batch)).all(-1) if event else guided.proper)
 
 
@@ -327,11 +335,12 @@ def _log_ratio(pair: list[Distribution], value: Tensor, proposed: list[Tensor]) 
     It is -inf also for a candidate that a distribution cannot score, such as one that rounding has put on an edge.
 
     Raises:
-        ValueError: if for an element of the batch no candidate can be scored.
+        ValueError: if for an element of the batch no candidate of any draw can be scored.
     """
     log_c, log_u = (log_density(p, value, own) for p, own in zip(pair, proposed, strict=True))
     unknown = log_c.isnan() | log_u.isnan()
-    if unknown.all(0).any():
+    draws = unknown.ndim - len(pair[0].batch_shape)
+    if unknown.flatten(0, draws - 1).all(0).any():
         names = " or the ".join(type(p).__name__ for p in pair)
         raise ValueError(f"all log-densities are NaN: the parameters of the {names} are not finite")
     return log_c, (log_c - log_u).where(~log_c.isneginf() & ~unknown, -torch.inf)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
+from farmer_guidance.distributions import expanded_right
+
 __all__ = [
     "CosineSchedule",
     "LinearSchedule",
@@ -85,10 +87,11 @@ def scale_at(setting: Scale, progress: float, batch: Size) -> float | Tensor:
 
 
 def placed(scale: float | Tensor, like: Tensor, event_dims: int = 0) -> float | Tensor:
-    """Return a scale with the dtype and device of what it multiplies, and dimensions of size 1 for its event."""
+    """Return a scale on the device of what it multiplies, no wider than it, with dimensions of size 1 for its event."""
     if not isinstance(scale, Tensor):
         return scale
-    return scale.to(like).reshape(scale.shape + (1,) * event_dims)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return expanded_right(scale.to(like.device, dtype), event_dims)
 
 
 def temperature_at(name: str, setting: Temperature, progress: float) -> float:
