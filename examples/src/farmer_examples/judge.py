@@ -144,7 +144,7 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
         DataError: if the images have no classes.
         OSError: if the file holds no judge of such images.
     """
-    if len(train.class_names) < 2 or (train.labels < 0).any():
+    if len(train.class_names) < 2 or any((data.labels < 0).any() for data in (train, held_out)):
         raise DataError("a judge needs images of two classes or more, each with its label")
     channels, _, size = train[0][0].shape
     with torch.random.fork_rng():
