@@ -47,16 +47,16 @@ def test_quality_of_known_samples():
 
 
 def test_a_judge_learns_and_is_kept(tmp_path, monkeypatch):
-    """Bright against dark: right on all held-out images, the second time without training."""
+    """Bright against dark: nearly always right, where chance is one half; the second time without training."""
     monkeypatch.setattr(judge_module, "EPOCHS", range(1, 6))
     dark, bright = images(128, low=0, high=100), images(128, low=156, high=256)
     data = ImageData(torch.cat([dark, bright]), torch.arange(2).repeat_interleave(128), ("dark", "bright"))
     file = tmp_path / "judge.safetensors"
     judge, accuracy = judge_of(file, data, data, torch.device("cpu"))
-    assert accuracy == 1
+    assert accuracy > 0.95
     before = file.stat().st_mtime_ns
-    again, accuracy = judge_of(file, data, data, torch.device("cpu"))
-    assert accuracy == 1
+    again, kept = judge_of(file, data, data, torch.device("cpu"))
+    assert kept == accuracy
     assert file.stat().st_mtime_ns == before
     assert torch.equal(judge.look(dark)[0], again.look(dark)[0])
     other = ImageData(torch.cat([bright, dark]), data.labels, ("dark", "bright"))
