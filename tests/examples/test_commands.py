@@ -132,7 +132,7 @@ def test_redundant_scales_make_a_sheet(run, tmp_path):
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(judge, "EPOCHS", range(1, 2))
+    monkeypatch.setattr(judge, "MOST_EPOCHS", 1)
     output = tmp_path / "sweep"
     command = ["sweep", "--checkpoint", str(run), "--count", "30", "--output", str(output)]
     main([*command, "--guidance", "0", "1", "--guidance-method", "resampling", "component"])
@@ -185,7 +185,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted(run, tmp_path, capsys, monkeyp
 
 
 def test_a_setting_that_fails_does_not_stop_a_sweep(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(judge, "EPOCHS", range(1, 2))
+    monkeypatch.setattr(judge, "MOST_EPOCHS", 1)
 
     def draw(*arguments, guides, **options):
         if guides.guide.uses_unconditional:

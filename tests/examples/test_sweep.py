@@ -48,7 +48,7 @@ def test_quality_of_known_samples():
 
 def test_a_judge_learns_and_is_kept(tmp_path, monkeypatch):
     """Bright against dark: nearly always right, where chance is one half; the second time without training."""
-    monkeypatch.setattr(judge_module, "EPOCHS", range(1, 6))
+    monkeypatch.setattr(judge_module, "MOST_EPOCHS", 5)
     dark, bright = images(128, low=0, high=100), images(128, low=156, high=256)
     data = ImageData(torch.cat([dark, bright]), torch.arange(2).repeat_interleave(128), ("dark", "bright"))
     file = tmp_path / "judge.safetensors"

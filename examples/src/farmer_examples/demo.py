@@ -44,7 +44,7 @@ def demo(output: Path, name: str = "digits", overrides: list[str] | None = None)
     for title, guides in [("unguided", Guides()), (f"guided, w = {GUIDANCE:g}", Setting(GUIDANCE).guides())]:
         samples, _ = draw(model, labels, seed=0, batch_size=250, guides=guides)
         consistency.append(classifier.score(samples.flatten(1).numpy(), labels.numpy()))
-        sheet.append((f"{title}: {consistency[-1]:.1%} as asked", grid(samples[:50], columns=10, scale=8)))
+        sheet.append((f"{title}: {consistency[-1]:.1%} as asked", grid(samples[:50], columns=10)))
     save_sheet(sheet, output / "samples.png")
 
     names = [f"held-out digit {index}" for index in range(len(held_out))]

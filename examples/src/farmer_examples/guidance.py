@@ -126,7 +126,7 @@ def settings_of(
     options = options or {}
     for name, values in options.items():
         if not any(name in known_options(method) for method in methods):
-            known = [known for method in methods for known in known_options(method)]
+            known = list(dict.fromkeys(known for method in methods for known in known_options(method)))
             raise ConfigError(f"{' and '.join(methods)} guidance has no option {name!r}{nearest(name, known)}")
         if not values:
             raise ConfigError(f"the list of values of {name} is empty")

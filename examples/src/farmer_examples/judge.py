@@ -24,7 +24,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric  # isort: skip
 __all__ = ["Judge", "Quality", "judge_of"]
 
 IMAGES_SEEN = 60_000
-EPOCHS = range(1, 21)
+"""How many images a judge is trained on, the same ones again where they are fewer."""
+
+MOST_EPOCHS = 20
+"""How often it sees the same image at most."""
+
 SMALLEST = 32
 """Side in pixels below which a ResNet has too little to look at: smaller images are enlarged."""
 
@@ -85,7 +89,7 @@ class Judge(nn.Module):
             seed: of their order.
             batch_size: images a step.
         """
-        epochs = min(max(math.ceil(IMAGES_SEEN / len(data)), EPOCHS[0]), EPOCHS[-1])
+        epochs = min(math.ceil(IMAGES_SEEN / len(data)), MOST_EPOCHS)
         loader = DataLoader(
             data,
             batch_size=batch_size,
@@ -108,7 +112,6 @@ class Judge(nn.Module):
                     optimizer.step()
                     schedule.step()
                     bar.update()
-        self.eval()
 
     @torch.no_grad()
     def look(self, images: Tensor, *, batch_size: int = 500) -> tuple[Tensor, Tensor]:
@@ -173,7 +176,7 @@ def judge_of(path: Path, train: ImageData, held_out: ImageData, device: torch.de
         accuracy = float(metadata["accuracy"])
     except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
         raise OSError(f"{path} holds no judge: {error}; name another file with --judge, or remove it") from error
-    return judge.eval(), accuracy
+    return judge, accuracy
 
 
 def _digest(data: ImageData) -> str:

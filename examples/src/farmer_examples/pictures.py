@@ -18,8 +18,9 @@ from matplotlib import pyplot  # after the choice of a backend without a screen
 __all__ = ["grid", "read_picture", "save_curves", "save_image", "save_sheet"]
 
 
-def grid(images: Tensor, columns: int, *, scale: int = 1) -> Tensor:
-    """Lay uint8 ``(batch, channels, height, width)`` images out in rows, each pixel a square of ``scale``."""
+def grid(images: Tensor, columns: int) -> Tensor:
+    """Lay uint8 ``(batch, channels, height, width)`` images out in rows, small ones magnified to about 64 pixels."""
+    scale = max(1, 64 // images.shape[-1])
     magnified = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     laid_out: Tensor = torchvision.utils.make_grid(magnified, nrow=columns, padding=2, pad_value=128)
     return laid_out

@@ -110,7 +110,7 @@ def save_samples(
     for factor in redundant_scales:
         used = guides if factor else guides._replace(redundant_guide=None)  # 0 leaves no density to guide
         images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=used, redundant_scale=factor)
-        picture = grid(images, columns, scale=max(1, 64 // model.image_size))
+        picture = grid(images, columns)
         sheet.append((f"redundant variance x {factor:g}", picture))
         for name, image, prior, logdet in zip(names, images, *(t.tolist() for t in density), strict=True):
             total = prior + logdet

@@ -217,7 +217,7 @@ def _file(output: Path, name: str) -> Path:
 
 
 def _picture(output: Path, name: str, images: Tensor) -> None:
-    save_image(grid(images[: GRID**2], GRID, scale=max(1, 64 // images.shape[-1])), _file(output, name))
+    save_image(grid(images[: GRID**2], GRID), _file(output, name))
 
 
 def _shown(picture: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ class Trainer:
         if not images.isfinite().all():
             bar.write(f"step {step}: the samples are not finite, and no picture is drawn")
             return
-        picture = grid(model.to_uint8(images).cpu(), columns, scale=max(1, 64 // model.image_size))
+        picture = grid(model.to_uint8(images).cpu(), columns)
         save_image(picture, self.run / "samples" / f"step-{step:08d}.png")
         self.accelerator.get_tracker("tensorboard").log_images(
             {"samples": picture[None].numpy()}, step=step, dataformats="NCHW"

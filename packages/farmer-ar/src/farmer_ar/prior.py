@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -227,6 +228,7 @@ class LatentPrior(nn.Module):
         batch = labels_or_batch if isinstance(labels_or_batch, int) else labels_or_batch.shape[0]
         contrast = labels is not None and self.classes > 0
         paths = 2 if contrast and any(_uses_unconditional(g) for g in (guide, redundant_guide)) else 1
+        draw, draw_redundant = _call(guide), _call(redundant_guide)
         condition = self._condition(labels, batch)
         if paths == 2:
             condition = torch.cat([condition, self._condition(None, batch)])
@@ -237,16 +239,17 @@ class LatentPrior(nn.Module):
         for i in range(self.length):
             mixture = self.informative(hidden.reshape(paths, batch, -1))
             progress = i / max(1, self.length - 1)
-            drawn.append(_draw(mixture, (), guide, progress, generator).unsqueeze(1))
+            token = draw(*_paths(mixture), (), progress=progress, generator=generator)
+            drawn.append(token.unsqueeze(1))
             if i < self._read:
-                token = self._embedded(drawn[-1]) + self.position[self.condition_repeats + i]
-                hidden = self.transformer(token.repeat(paths, 1, 1), cache)
+                embedded = self._embedded(drawn[-1]) + self.position[self.condition_repeats + i]
+                hidden = self.transformer(embedded.repeat(paths, 1, 1), cache)
         informative = torch.cat(drawn, dim=1)
         if self.redundant is None:
             return informative
         shared = self.redundant(hidden.reshape(paths, batch, -1)).temper(scale=math.sqrt(redundant_scale))
-        redundant = _draw(shared, (self.length,), redundant_guide, 1.0, generator).transpose(0, 1)
-        return torch.cat([informative, redundant], dim=-1)
+        redundant = draw_redundant(*_paths(shared), (self.length,), progress=1.0, generator=generator)
+        return torch.cat([informative, redundant.transpose(0, 1)], dim=-1)
 
     def _embedded(self, informative: Tensor) -> Tensor:
         embedded: Tensor = self.embed(informative.to(self.embed.weight.dtype))
@@ -268,24 +271,28 @@ def _uses_unconditional(guide: Guide | None) -> bool:
     return guide is not None and getattr(guide, "uses_unconditional", True)
 
 
-def _draw(
-    mixture: DiagonalMixture,
-    sample_shape: tuple[int, ...],
-    guide: Guide | None,
-    progress: float,
-    generator: Generator | None,
-) -> Tensor:
-    """Draw from mixtures ``(paths, batch)``, the conditional first and the unconditional last, as the guide says."""
+def _call(guide: Guide | None) -> Guide:
+    """Return a guide that takes both options, whatever it has parameters for; for None a plain conditional draw."""
+    if guide is None:
+        return lambda conditional, _, shape, *, progress, generator: conditional.sample(shape, generator=generator)
+    parameters = inspect.signature(guide).parameters
+    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepted = [name for name in ("progress", "generator") if everything or name in parameters]
+
+    def call(
+        conditional: DiagonalMixture, unconditional: DiagonalMixture, shape: tuple[int, ...], **options: Any
+    ) -> Tensor:
+        return guide(conditional, unconditional, shape, **{name: options[name] for name in accepted})
+
+    return call
+
+
+def _paths(mixture: DiagonalMixture) -> tuple[DiagonalMixture, DiagonalMixture]:
+    """Part mixtures ``(paths, batch)`` into the conditional, the first, and the unconditional, the last."""
     if not (mixture.logits.isfinite().all() and mixture.loc.isfinite().all()):
         raise FloatingPointError("a mixture is not finite: the parameters, or what a guide has drawn, have diverged")
-    conditional, unconditional = (
+    first, last = (
         DiagonalMixture(mixture.logits[path], mixture.loc[path], mixture.scale[path], validate_args=False)
         for path in (0, -1)
     )
-    if guide is None:
-        return conditional.sample(sample_shape, generator=generator)
-    parameters = inspect.signature(guide).parameters
-    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    options = {"progress": progress, "generator": generator}
-    accepted = {name: value for name, value in options.items() if everything or name in parameters}
-    return guide(conditional, unconditional, sample_shape, **accepted)
+    return first, last
