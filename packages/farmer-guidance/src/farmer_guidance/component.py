@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Size, Tensor
@@ -11,13 +11,14 @@ from torch.types import _size
 
 from farmer_guidance.distributions import check_pair, draw, expanded_right, gaussians, pick, temper
 from farmer_guidance.gaussian import guided_gaussian
-from farmer_guidance.schedules import Scale, Temperature, check, is_zero, placed, scale_at, temperature_at
+from farmer_guidance.schedules import placed, scale_at
+from farmer_guidance.settings import GuidanceSettings
 
 __all__ = ["ComponentGuidance"]
 
 
 @dataclass(frozen=True, eq=False)
-class ComponentGuidance:
+class ComponentGuidance(GuidanceSettings):
     r"""Guide two mixtures of diagonal Gaussians as if their components were pairs: the baseline of resampling.
 
     Component k is drawn by the conditional's weights, and the guided density of the two Gaussians numbered k,
@@ -42,21 +43,6 @@ class ComponentGuidance:
         >>> ComponentGuidance(2.0)(Normal(torch.zeros(3), 1.0), Normal(torch.ones(3), 1.0)).shape
         torch.Size([3])
     """
-
-    scale: Scale
-    _: KW_ONLY
-    weight_temperature: Temperature = 1.0
-    scale_temperature: Temperature = 1.0
-
-    def __post_init__(self) -> None:
-        check("scale", self.scale)
-        check("weight_temperature", self.weight_temperature, positive=True)
-        check("scale_temperature", self.scale_temperature, positive=True)
-
-    @property
-    def uses_unconditional(self) -> bool:
-        """Whether the unconditional matters: not where the scale is 0 throughout."""
-        return not is_zero(self.scale)
 
     @torch.no_grad()
     def __call__(
@@ -88,10 +74,8 @@ class ComponentGuidance:
         """
         check_pair(conditional, unconditional)
         scale = scale_at(self.scale, progress, conditional.batch_shape)
-        temperatures = {
-            "weight": temperature_at("weight_temperature", self.weight_temperature, progress),
-            "scale": temperature_at("scale_temperature", self.scale_temperature, progress),
-        }
+        now = self._temperatures_at(progress)
+        temperatures = {"weight": now["weight_temperature"], "scale": now["scale_temperature"]}
         conditional = temper(conditional, **temperatures)
         if not isinstance(scale, Tensor) and scale == 0:
             return draw(conditional, Size(sample_shape), generator)

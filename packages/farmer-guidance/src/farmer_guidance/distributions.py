@@ -146,8 +146,8 @@ def temper(distribution: Distribution, *, weight: float = 1.0, scale: float = 1.
         return Independent(base, distribution.reinterpreted_batch_ndims, validate_args=False)
     if type(distribution) is MixtureSameFamily and (mixture := gaussians(distribution)) is not None:
         weights = Categorical(logits=mixture.logits * weight, validate_args=False)
-        components = temper(distribution.component_distribution, scale=scale)
-        return MixtureSameFamily(weights, components, validate_args=False)
+        tempered = temper(distribution.component_distribution, scale=scale)
+        return MixtureSameFamily(weights, tempered, validate_args=False)
     raise TypeError(
         f"a {type(distribution).__name__} cannot be tempered: set its temperatures to 1, or give it a method "
         "temper(weight=, scale=); Normal, Independent(Normal) and MixtureSameFamily of these are known"

@@ -22,7 +22,8 @@ from farmer_guidance.distributions import (
     temper,
 )
 from farmer_guidance.gaussian import guided_gaussian
-from farmer_guidance.schedules import Scale, Temperature, check, is_zero, placed, scale_at, temperature_at
+from farmer_guidance.schedules import Temperature, placed, scale_at
+from farmer_guidance.settings import GuidanceSettings
 
 __all__ = ["PRESETS", "GuidedDraw", "ResamplingGuidance"]
 
@@ -47,14 +48,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The arguments of :class:`ResamplingGuidance` for the paper's models of ImageNet (Table 6), with its own weighting."""
 
-TEMPERATURES = (
-    "weight_temperature",
-    "scale_temperature",
-    "density_weight_temperature",
-    "density_scale_temperature",
-    "resampling_temperature",
-)
-
 
 class GuidedDraw(NamedTuple):
     """A guided draw and how it came about; all but the sample have the shape ``(*sample_shape, *batch)``."""
@@ -73,7 +66,7 @@ class GuidedDraw(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ResamplingGuidance:
+class ResamplingGuidance(GuidanceSettings):
     r"""Draw from the guided density of two distributions, for which there is no closed form, by resampling.
 
     ``log p'(z) = log p_c(z) + w (log p_c(z) - log p_u(z)) + const`` (Eq. 15) in three steps (Algorithm 1): propose
@@ -134,13 +127,10 @@ class ResamplingGuidance:
         True
     """
 
-    scale: Scale
     _: KW_ONLY
     conditional_candidates: int = 5
     unconditional_candidates: int = 5
     weighting: Literal["balance", "per-proposal"] = "balance"
-    weight_temperature: Temperature = 1.0
-    scale_temperature: Temperature = 1.0
     density_weight_temperature: Temperature = 1.0
     density_scale_temperature: Temperature = 1.0
     resampling_temperature: Temperature = 1.0
@@ -148,9 +138,7 @@ class ResamplingGuidance:
     exact: bool = True
 
     def __post_init__(self) -> None:
-        check("scale", self.scale)
-        for name in TEMPERATURES:
-            check(name, getattr(self, name), positive=True)
+        super().__post_init__()
         counts = self.conditional_candidates, self.unconditional_candidates
         if not all(isinstance(n, int) and n >= 0 for n in counts) or sum(counts) < 1:
             raise ValueError(f"candidates must be whole numbers, and 1 in all, got {counts[0]} and {counts[1]}")
@@ -171,11 +159,6 @@ class ResamplingGuidance:
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; known: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
-
-    @property
-    def uses_unconditional(self) -> bool:
-        """Whether the unconditional matters: not where the scale is 0 throughout."""
-        return not is_zero(self.scale)
 
     def __call__(
         self,
@@ -219,7 +202,7 @@ class ResamplingGuidance:
         check_pair(conditional, unconditional)
         shape = Size(sample_shape)
         scale = scale_at(self.scale, progress, conditional.batch_shape)
-        now = {name: temperature_at(name, getattr(self, name), progress) for name in TEMPERATURES}
+        now = self._temperatures_at(progress)
         proposal = {"weight": now["weight_temperature"], "scale": now["scale_temperature"]}
         density = {"weight": now["density_weight_temperature"], "scale": now["density_scale_temperature"]}
         proposals = [temper(conditional, **proposal)]
