@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from farmer_flow.transformer import Transformer
+from farmer_flow.inversion import (
+    METHODS,
+    BlockInversion,
+    Inversion,
+    Method,
+    fastest_methods,
+    fixed_point,
+    segment_length,
+)
+from farmer_flow.transformer import KVCache, Transformer
 
 __all__ = ["AutoregressiveFlow"]
 
 LOG_SCALE_BOUND = 8.0
 """No scale leaves ``exp(-8)..exp(8)``."""
+
+FEW = 4
+"""How many latents of a batch ``method="auto"`` measures."""
 
 
 class AutoregressiveBlock(nn.Module):
@@ -68,37 +82,103 @@ class AutoregressiveBlock(nn.Module):
             ``z``, shaped as ``x``, and ``log|det dz/dx|``, ``(batch,)`` (Eq. 10).
         """
         x = self._in_order(x)
-        hidden = self.transformer(self._tokens(x[:, :-1], labels, start=0))
-        mu, log_sigma = self._affine(hidden, x.dtype)
+        mu, log_sigma = self._affine(x[:, :-1], self.condition(labels, x))
         z = torch.cat([x[:, :1], (x[:, 1:] - mu) * log_sigma.exp()], dim=1)
         return self._in_order(z), log_sigma.sum(dim=(1, 2))
 
-    def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Map ``z`` to ``x``, one token after another (Eq. 9), both ``(batch, length, dim)``."""
-        z = self._in_order(z)
+    def inversion(
+        self, z: Tensor, labels: Tensor | None = None, method: Method = "sequential", *, tolerance: float = 1e-5
+    ) -> tuple[Tensor, BlockInversion]:
+        """Map ``z`` to ``x``, both ``(batch, length, dim)``, by one of the methods of the flow, and say what it took.
+
+        A segment of one token at a time is the sequential inverse (Eq. 9), the whole sequence is Jacobi's iteration,
+        and what lies between is Gauss-Seidel-Jacobi (arXiv 2505.12849), which keeps the tokens of earlier segments.
+        """
+        z, condition = self._in_order(z), self.condition(labels, z)
+        if method == "sequential":
+            x = self._sequential(z, condition)
+            iterations = torch.full((len(z),), z.shape[1] - 1, device=z.device)
+            fell_back = torch.zeros_like(iterations, dtype=torch.bool)
+        else:
+            with torch.no_grad():
+                x, iterations, fell_back = self._by_segments(z, condition, method, tolerance)
+        return self._in_order(x), BlockInversion(method, iterations, fell_back)
+
+    def _sequential(self, z: Tensor, condition: Tensor | None) -> Tensor:
         cache = self.transformer.new_cache(z.shape[0], z.shape[1] - 1)
         x = [z[:, :1]]
-        for i in range(1, z.shape[1]):
-            hidden = self.transformer(self._tokens(x[-1], labels, start=i - 1), cache)
-            mu, log_sigma = self._affine(hidden, z.dtype)
-            x.append(z[:, i : i + 1] * (-log_sigma).exp() + mu)
-        return self._in_order(torch.cat(x, dim=1))
+        for latent in z[:, 1:].split(1, dim=1):
+            x.append(self.undo(x[-1], latent, condition, cache))
+        return torch.cat(x, dim=1)
+
+    def _by_segments(
+        self, z: Tensor, condition: Tensor | None, method: Method, tolerance: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, length = z.clone(), z.shape[1]
+        iterations = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+        fell_back = torch.zeros_like(iterations, dtype=torch.bool)
+        segment = segment_length(method, length - 1)
+        cache = self.transformer.new_cache(len(z), length - 1) if segment < length - 1 else None
+        for start in range(1, length, segment):
+            part = slice(start, start + segment)
+            x[:, part], taken, diverged = self._settle(x[:, start - 1 : start], z[:, part], condition, cache, tolerance)
+            iterations += taken
+            fell_back |= diverged
+            if fell_back.all():
+                break
+        if fell_back.any():
+            x[fell_back] = self._sequential(z[fell_back], None if condition is None else condition[fell_back])
+        return x, iterations, fell_back
+
+    def _settle(
+        self, before: Tensor, z: Tensor, condition: Tensor | None, cache: KVCache | None, tolerance: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Iterate a segment after the token ``before`` to its fixed point, and advance the cache past it."""
+        start = 0 if cache is None else cache.position
+
+        def step(x: Tensor, rows: Tensor) -> Tensor:
+            if cache is not None:
+                cache.position = start
+            shifted = torch.cat([before[rows], x[:, :-1]], dim=1)
+            return self.undo(shifted, z[rows], None if condition is None else condition[rows], cache)
+
+        return fixed_point(step, z, tolerance=tolerance, part=cache is None)
+
+    def undo(self, before: Tensor, z: Tensor, condition: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        """Return the tokens whose latents are ``z``, given the token before each (Eq. 9).
+
+        Args:
+            before: ``(batch, new, dim)``, in this block's order as all here.
+            z: ``(batch, new, dim)``.
+            condition: from :meth:`condition`.
+            cache: of the tokens before these, which it is advanced past; None if there are none.
+        """
+        mu, log_sigma = self._affine(before, condition, cache)
+        return z * (-log_sigma).exp() + mu
+
+    def condition(self, labels: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Return what is added to every embedded token, ``(batch, 1, width)``; None where there are no classes."""
+        if self.class_embed is None:
+            return None
+        null = self.class_embed.num_embeddings - 1
+        if labels is None:
+            labels = torch.full((tokens.shape[0],), null, device=tokens.device)
+        embedded: Tensor = self.class_embed(labels.where(labels >= 0, null)).unsqueeze(1)
+        return embedded
 
     def _in_order(self, tokens: Tensor) -> Tensor:
         return tokens.flip(1) if self.reverse else tokens
 
-    def _tokens(self, x: Tensor, labels: Tensor | None, start: int) -> Tensor:
-        tokens: Tensor = self.embed(x.to(self.embed.weight.dtype)) + self.position[start : start + x.shape[1]]
-        if self.class_embed is not None:
-            null = self.class_embed.num_embeddings - 1
-            if labels is None:
-                labels = torch.full((x.shape[0],), null, device=x.device)
-            tokens = tokens + self.class_embed(labels.where(labels >= 0, null)).unsqueeze(1)
-        return tokens
+    def _affine(self, before: Tensor, condition: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``mu`` and the bounded ``log sigma`` of the tokens after ``before``, in its precision.
 
-    def _affine(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return ``mu`` and the bounded ``log sigma`` in ``dtype``, whatever the Transformer's precision."""
-        mu, raw = self.out(hidden).to(dtype).chunk(2, dim=-1)
+        Whatever the Transformer's precision; see above for the bound.
+        """
+        start = 0 if cache is None else cache.position
+        tokens = self.embed(before.to(self.embed.weight.dtype)) + self.position[start : start + before.shape[1]]
+        if condition is not None:
+            tokens = tokens + condition
+        mu, raw = self.out(self.transformer(tokens, cache)).to(before.dtype).chunk(2, dim=-1)
         return mu, LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND)
 
 
@@ -198,30 +278,104 @@ class AutoregressiveFlow(nn.Module):
         return z, logdet
 
     def inverse(
-        self, z: Tensor, labels: Tensor | None = None, *, method: Literal["sequential"] = "sequential"
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        *,
+        method: Method | Literal["auto"] | Sequence[Method] = "sequential",
+        tolerance: float = 1e-5,
     ) -> Tensor:
         """Map latents to data.
 
-        Differentiable; wrap the call in ``torch.no_grad()`` or ``torch.inference_mode()`` where gradients are not
-        needed, and it overwrites its cache instead of copying it.
+        Every method finds the same ``x``:
+
+        - ``"sequential"``: one token after another, ``length - 1`` passes over one token a block (Eq. 9).
+        - ``"jacobi"``: all tokens at once, again and again until they no longer change. After ``k`` iterations the
+          first ``k + 1`` tokens are exact, so there are ``length - 1`` at most; a well-behaved block needs few.
+          Samples that have converged are not computed any further.
+        - ``"gauss-seidel-jacobi"``: an eighth of the tokens at a time in this way, with a cache of those before
+          (arXiv 2505.12849).
+        - ``"auto"``: the fastest for each block, measured on the first few latents; see :meth:`fastest_inverse`.
+        - a method for each of ``flow.blocks``.
+
+        A sample for which a block's iteration diverges is inverted sequentially in that block;
+        :meth:`inversion` tells.
+
+        The sequential inverse is differentiable; wrap the call in ``torch.no_grad()`` or ``torch.inference_mode()``
+        where gradients are not needed, and it overwrites its cache instead of copying it. Nothing is
+        differentiated through the iterations of the others.
 
         Args:
             z: ``(batch, length, dim)``.
             labels: as in :meth:`forward`.
-            method: ``"sequential"``, exact: one token after another.
+            method: see above.
+            tolerance: a block's iteration ends when ``|new - old| <= tolerance (1 + |new|)`` for every number of a
+                sample.
 
         Returns:
             ``x``, shaped as ``z``.
 
         Raises:
-            ValueError: as :meth:`forward`, or if the method is unknown.
+            ValueError: as :meth:`forward`, or if the method is unknown or the tolerance is not positive.
         """
-        if method != "sequential":
-            raise ValueError(f'method must be "sequential", got {method!r}')
+        return self.inversion(z, labels, method=method, tolerance=tolerance).x
+
+    def inversion(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        *,
+        method: Method | Literal["auto"] | Sequence[Method] = "sequential",
+        tolerance: float = 1e-5,
+    ) -> Inversion:
+        """Return :meth:`inverse` with the iterations that each block took, and where it fell back.
+
+        Arguments and errors are those of :meth:`inverse`.
+        """
         x = self._checked(z, labels)
-        for block in reversed(self.blocks):
-            x = block.inverse(x, labels)  # type: ignore[operator]  # a ModuleList forgets its modules' types
-        return x
+        reports = []
+        methods = self._methods(method, x, labels, tolerance)
+        for block, chosen in zip(reversed(self.blocks), reversed(methods), strict=True):
+            x, report = cast(AutoregressiveBlock, block).inversion(x, labels, chosen, tolerance=tolerance)
+            reports.append(report)
+        return Inversion(x, reports[::-1])
+
+    def fastest_inverse(
+        self, z: Tensor, labels: Tensor | None = None, *, batch: int | None = None, tolerance: float = 1e-5
+    ) -> list[Method]:
+        """Measure which method inverts each block in the least time, for :meth:`inverse` to use again and again.
+
+        Args:
+            z: a few latents as those to be inverted, ``(few, length, dim)``, at least one.
+            labels: theirs, as in :meth:`forward`.
+            batch: how many latents are to be inverted at once; ``few`` if None.
+            tolerance: as in :meth:`inverse`.
+
+        Returns:
+            A method for each of ``flow.blocks``.
+
+        Raises:
+            ValueError: as :meth:`inverse`, or if there are no latents.
+        """
+        x = self._checked(z, labels)
+        _check_tolerance(tolerance)
+        if not len(x):
+            raise ValueError("at least one latent is needed to measure an inverse")
+        blocks = [cast(AutoregressiveBlock, block) for block in self.blocks]
+        return fastest_methods(blocks, x, labels, tolerance=tolerance, batch=batch or len(x))
+
+    def _methods(self, method: str | Sequence[str], z: Tensor, labels: Tensor | None, tolerance: float) -> list[Method]:
+        _check_tolerance(tolerance)
+        if method == "auto":
+            if not len(z):
+                return ["sequential"] * len(self.blocks)
+            few = None if labels is None else labels[:FEW]
+            return self.fastest_inverse(z[:FEW], few, batch=len(z), tolerance=tolerance)
+        methods = [method] * len(self.blocks) if isinstance(method, str) else list(method)
+        if not set(methods) <= set(METHODS) or len(methods) != len(self.blocks):
+            known = ", ".join(map(repr, (*METHODS, "auto")))
+            raise ValueError(f"method must be one of {known}, or one for each of {len(self.blocks)} blocks: {method!r}")
+        return cast(list[Method], methods)
 
     def trajectory(self, x: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """Return ``[Z^0, ..., Z^n]``: the data, and the tokens after each block.
@@ -248,3 +402,8 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
         raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
     if classes and not torch.compiler.is_compiling() and batch and int(labels.max()) >= classes:
         raise ValueError(f"labels must be below classes={classes}, got {int(labels.max())}")
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
