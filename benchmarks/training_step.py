@@ -5,7 +5,7 @@ import contextlib
 
 import torch
 from farmer_examples.config import load_config
-from farmer_examples.training import computes_in_bf16, short_attention
+from farmer_examples.loop import computes_in_bf16, short_attention
 from measure import machine, median_seconds
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +33,7 @@ def main():
 
     def step(dtype):
         autocast = torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        with autocast, short_attention(model):
+        with autocast, short_attention(model.device, model.flow.length):
             loss = -model(images, labels).log_prob.mean() / model.dimensions
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

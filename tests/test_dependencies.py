@@ -1,4 +1,4 @@
-"""Arrows point one way: examples -> ar -> flow. No package imports a sibling that it does not declare."""
+"""Arrows point one way: examples -> {ar, distill} -> flow. No package imports a sibling that it does not declare."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,8 @@ ALLOWED = {
     "packages/farmer-flow": set(),
     "packages/farmer-ar": {"farmer_flow"},
     "packages/farmer-guidance": set(),
-    "examples": {"farmer_flow", "farmer_ar", "farmer_guidance"},
+    "packages/farmer-distill": {"farmer_flow"},
+    "examples": {"farmer_flow", "farmer_ar", "farmer_distill", "farmer_guidance"},
 }
 
 
@@ -44,6 +45,6 @@ def test_the_prior_takes_only_the_transformer_from_the_flow():
 
 @pytest.mark.parametrize("folder", [folder for folder in ALLOWED if folder != "examples"])
 def test_packages_need_only_torch_and_einops(folder):
-    standard = {"__future__", "collections", "contextlib", "dataclasses", "inspect", "math", "typing"}
+    standard = {"__future__", "collections", "contextlib", "copy", "dataclasses", "inspect", "math", "time", "typing"}
     roots = {module.split(".")[0] for module, _ in imports(folder)}
     assert {r for r in roots if not r.startswith("farmer_")} <= standard | {"torch", "einops"}

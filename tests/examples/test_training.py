@@ -11,12 +11,13 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from farmer_examples import Farmer, training
+from farmer_examples import Farmer, loop, training
 from farmer_examples.config import load_config
 from farmer_examples.data import load_images
 from farmer_examples.evaluation import evaluate
+from farmer_examples.loop import TrainingError
 from farmer_examples.storage import checkpoints
-from farmer_examples.training import TrainingError, train
+from farmer_examples.training import train
 from farmer_flow import patchify
 
 SMALL = [
@@ -151,7 +152,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
 
 def test_the_average_follows_its_formula():
     average = torch.optim.swa_utils.AveragedModel(
-        torch.nn.Linear(1, 1, bias=False), multi_avg_fn=training._warmed_up_average(0.5)
+        torch.nn.Linear(1, 1, bias=False), multi_avg_fn=loop._warmed_up_average(0.5)
     )
     model, expected = torch.nn.Linear(1, 1, bias=False), None
     for n in range(20):
@@ -179,14 +180,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_there_is(tmp_path, monke
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(tmp_path, monkeypatch):
-    original = training.Accelerator.clip_grad_norm_
+    original = loop.Accelerator.clip_grad_norm_
     calls = []
 
     def poisoned(self, *arguments):
         calls.append(1)
         return original(self, *arguments) * (math.inf if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", poisoned)
+    monkeypatch.setattr(loop.Accelerator, "clip_grad_norm_", poisoned)
     with pytest.raises(TrainingError, match="the gradient became inf at step 3; there is no checkpoint yet"):
         train(config("training.steps=20"), tmp_path)
 

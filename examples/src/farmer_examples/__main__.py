@@ -1,4 +1,4 @@
-"""The command line: ``farmer train | sample | sweep | likelihood | demo``."""
+"""The command line: ``farmer train | distill | sample | sweep | likelihood | demo``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from safetensors import SafetensorError
 from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
 from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
+from farmer_examples.distillation import STUDENT, distill, load_student
 from farmer_examples.guidance import METHODS, SCHEDULES, Guides, Setting, read_options, settings_of
 from farmer_examples.likelihood import save_likelihoods
-from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
+from farmer_examples.loop import CONFIG, TrainingError, resumed_config
+from farmer_examples.model import Farmer, Inverse, UnknownClassError, lacks_float64
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
 from farmer_examples.sweep import stamp, sweep, table
-from farmer_examples.training import CONFIG, TrainingError, resumed_config, train
+from farmer_examples.training import train
 
 __all__ = ["main"]
 
 USER_ERRORS = (ConfigError, DataError, SamplingError, TrainingError, UnknownClassError, OSError)
 SWEPT = {"guidance", "guidance_method", "guidance_options"}
+INVERSES = ["sequential", "jacobi", "gauss-seidel-jacobi", "auto", "one-step"]
+CHECKPOINT = "a run's folder (its best model), or a model's"
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
 
 
@@ -83,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
+    command = _command(commands, "distill", _distill, "teach a model's flow to a student that inverts it in one step")
+    command.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help=CHECKPOINT)
+    command.add_argument("--config", metavar="NAME", help="the model's configuration (the run's own)")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="of the distillation (RUN/distillation)")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
     command = _command(commands, "sample", _sample, "draw images, with their densities in a CSV")
     _add_checkpoint(command)
     command.add_argument("--class", nargs="+", metavar="CLASS", help="by name or number, or none (all classes)")
@@ -97,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[1.0],
         metavar="FACTOR",
         help="on the variance of the redundant channels; several make a sheet of the same images with each (1)",
+    )
+    command.add_argument(
+        "--inverse",
+        choices=INVERSES,
+        default="sequential",
+        help="one-step is the student of farmer distill; auto measures which exact method is the fastest (sequential)",
     )
     command.add_argument("--seed", type=int, default=0, help="same seed, same images (0)")
     command.add_argument("--output", type=Path, default=Path("samples"), help="new folder to write to (samples)")
@@ -189,7 +206,7 @@ def _add_checkpoint(command: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="RUN",
-        help="a run's folder (its best model), or a model's",
+        help=CHECKPOINT,
     )
     command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options, as in count: 40")
 
@@ -220,6 +237,21 @@ def _train(options: argparse.Namespace) -> None:
     run = options.output or Path("runs") / Path(options.config).stem
     train(config, run, resume=options.resume)
     print(f"the best model is {find_model(run)}")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    run = options.output or options.checkpoint / "distillation"
+    if options.config is not None:
+        config = load_config(options.config, options.overrides)
+    elif options.resume and (run / CONFIG).is_file():
+        config = resumed_config(run, options.overrides)
+    elif (options.checkpoint / CONFIG).is_file():
+        config = load_config(options.checkpoint / CONFIG, options.overrides)
+    else:
+        raise ConfigError(f"{options.checkpoint} is not a run: name its training's configuration with --config")
+    folder = find_model(options.checkpoint)
+    distill(config, folder, run, resume=options.resume)
+    print(f"the student is {folder / STUDENT}: farmer sample --checkpoint {options.checkpoint} --inverse one-step")
 
 
 def _load(checkpoint: Path) -> Farmer:
@@ -262,8 +294,16 @@ def _sample(options: argparse.Namespace) -> None:
         files=options.files,
         guides=guides,
         redundant_scales=options.redundant_scale,
+        inverse=_inverse(options.inverse, options.checkpoint, model, labels[: options.batch_size]),
     )
     print(f"{options.count} samples: {options.output / 'grid.png'} and {options.output / 'samples.csv'}")
+
+
+def _inverse(name: str, checkpoint: Path, model: Farmer, labels: torch.Tensor) -> Inverse:
+    """Return what the option ``--inverse`` stands for, measured for batches as large as ``labels``."""
+    if name == "one-step":
+        return load_student(find_model(checkpoint), model.flow)
+    return model.fastest_inverse(labels) if name == "auto" else name
 
 
 def _sweep(options: argparse.Namespace) -> None:

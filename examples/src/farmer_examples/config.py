@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from farmer_ar import LatentPrior
@@ -104,8 +104,11 @@ class Model(Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Training(Section):
-    """The course of the training."""
+S = TypeVar("S", bound="Schedule")
+
+
+class Schedule(Section):
+    """The course of a training, whatever is trained."""
 
     steps: int = Field(ge=1)
     """Optimiser steps. The schedules end here, or at ``minutes`` if that comes first."""
@@ -121,8 +124,6 @@ class Training(Section):
     weight_decay: float = Field(default=0.03, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    label_dropout: float = Field(default=0.1, ge=0, le=1)
-    noise: Noise = Noise()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of matrix products; ``auto`` is bf16 where the hardware computes in it, else fp32."""
     workers: int = Field(default=0, ge=0)
@@ -130,19 +131,38 @@ class Training(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     evaluate_every: int = Field(default=1000, ge=1)
     """Steps between evaluations, each of which draws samples and writes a checkpoint."""
-    evaluation_images: int | None = Field(default=None, ge=1)
-    """How many held-out images to evaluate on; all of them if left out."""
-    evaluation_draws: int = Field(default=1, ge=1)
     samples: int = Field(default=64, ge=0)
     """Images in each sample grid."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints to keep, beside the best."""
 
     @model_validator(mode="after")
-    def _parts_divide_batch(self) -> Training:
+    def _parts_divide_batch(self: S) -> S:
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
         return self
+
+
+class Training(Schedule):
+    """The course of the maximum-likelihood training."""
+
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    noise: Noise = Noise()
+    evaluation_images: int | None = Field(default=None, ge=1)
+    """How many held-out images to evaluate on; all of them if left out."""
+    evaluation_draws: int = Field(default=1, ge=1)
+
+
+class Distillation(Schedule):
+    """The course of a distillation."""
+
+    steps: int = Field(default=20000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    max_noise: float = Field(default=0.3, ge=0)
+    """The largest standard deviation of the noise on the latents that the student starts from."""
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    evaluation_latents: int = Field(default=256, ge=1)
+    """How many latents of the prior the student is scored on."""
 
 
 class Config(Section):
@@ -151,6 +171,7 @@ class Config(Section):
     data: Data
     model: Model
     training: Training
+    distillation: Distillation = Distillation()
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Config:
@@ -170,9 +191,14 @@ class Config(Section):
                 raise ValueError(f"model.{name}.width={part.width} must be a multiple of head_dim={part.head_dim}")
         return self
 
+    @property
+    def length(self) -> int:
+        """The number of tokens of an image."""
+        return (self.data.image_size // self.model.patch_size) ** 2
+
     def build(self, class_names: list[str]) -> Farmer:
         """Return a new model for these classes."""
-        length = (self.data.image_size // self.model.patch_size) ** 2
+        length = self.length
         dim = self.data.channels * self.model.patch_size**2
         flow, prior, noise = self.model.flow, self.model.prior, self.training.noise
         return Farmer(

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,13 @@ from farmer_flow import AutoregressiveFlow, Whitening, patchify, unpatchify
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Generator, Tensor, nn
 
-__all__ = ["BitsPerDim", "Density", "Farmer", "TrainingNoise", "UnknownClassError"]
+__all__ = ["BitsPerDim", "Density", "Farmer", "Inverse", "TrainingNoise", "UnknownClassError"]
+
+Inverse = str | Sequence[str] | Callable[[Tensor, Tensor | None], Tensor]
+"""How latents become data: a method of the flow, one for each of its blocks, or a function of latents and labels."""
+
+FEW = 4
+"""How many latents are inverted to find the fastest method."""
 
 COMPONENTS: dict[str, type[nn.Module]] = {
     "AutoregressiveFlow": AutoregressiveFlow,
@@ -233,23 +239,34 @@ class Farmer(
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map images to the latents that the prior reads, ``(batch, length, dim)``, with ``log|det dz/dx|``."""
+        tokens, whitening_logdet = self.tokenise(images)
+        z, logdet = self.flow(tokens, labels)
+        return self.permute(z), logdet + whitening_logdet
+
+    def decode(self, z: Tensor, labels: Tensor | None = None, *, inverse: Inverse = "sequential") -> Tensor:
+        """Undo :meth:`encode`; for ``inverse`` see :meth:`sample`."""
+        z = self.permute(z)
+        if callable(inverse):
+            return self.detokenise(inverse(z, labels))
+        return self.detokenise(self.flow.inverse(z, labels, method=inverse))
+
+    def tokenise(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images to the tokens that the flow reads, with the log-determinant, ``(batch,)``, of their whitening."""
         tokens = self._tokens(images)
         if self.whitening is None:
-            z, logdet = self.flow(tokens, labels)
-        else:
-            tokens, whitening_logdet = self.whitening(tokens)
-            z, logdet = self.flow(tokens, labels)
-            logdet = logdet + whitening_logdet
-        return self._permuted(z), logdet
+            return tokens, tokens.new_zeros(len(tokens))
+        whitened: tuple[Tensor, Tensor] = self.whitening(tokens)
+        return whitened
 
-    def decode(
-        self, z: Tensor, labels: Tensor | None = None, *, inverse: Literal["sequential"] = "sequential"
-    ) -> Tensor:
-        """Undo :meth:`encode`; ``inverse`` is the flow's method of inversion."""
-        tokens = self.flow.inverse(self._permuted(z), labels, method=inverse)
+    def detokenise(self, tokens: Tensor) -> Tensor:
+        """Undo :meth:`tokenise`."""
         if self.whitening is not None:
             tokens = self.whitening.inverse(tokens)
         return unpatchify(tokens, self.patch_size, self.image_size, self.image_size)
+
+    def permute(self, tokens: Tensor) -> Tensor:
+        """Turn the order of the tokens between flow and prior; its own inverse."""
+        return tokens.flip(1) if self._flip else tokens
 
     def fit_whitening(self, images: Tensor) -> None:
         """Fit the whitening to ``(batch, channels, size, size)`` images, noised as in training; before training."""
@@ -345,7 +362,7 @@ class Farmer(
         self,
         labels_or_batch: Tensor | int,
         *,
-        inverse: Literal["sequential"] = "sequential",
+        inverse: Inverse = "sequential",
         guide: Callable[..., Tensor] | None = None,
         redundant_guide: Callable[..., Tensor] | None = None,
         redundant_scale: float = 1.0,
@@ -355,7 +372,8 @@ class Farmer(
 
         Args:
             labels_or_batch: ``(batch,)`` int64 classes, negative for none; or how many images without a class.
-            inverse: the flow's method of inversion.
+            inverse: the flow's method of inversion, see :meth:`farmer_flow.AutoregressiveFlow.inverse`; or a function
+                of latents and labels to take its place, such as a :class:`farmer_distill.OneStepInverse`.
             guide: of the prior's informative channels, as :class:`farmer_guidance.ResamplingGuidance`.
             redundant_guide: of its redundant channels; see :meth:`farmer_ar.LatentPrior.sample` for both.
             redundant_scale: factor on the variances of the prior's shared mixture (paper, Figure 7).
@@ -374,6 +392,23 @@ class Farmer(
         )
         labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.device)
         return self.decode(z, labels, inverse=inverse)
+
+    @torch.no_grad()
+    def fastest_inverse(self, labels: Tensor) -> list[str]:
+        """Measure which exact method inverts each block of the flow in the least time, for :meth:`sample` to use.
+
+        Args:
+            labels: as of the batches to be drawn, ``(batch,)``; a few of them are drawn.
+        """
+        few = labels[:FEW].to(self.device)
+        z = self.permute(self.prior.sample(few, generator=Generator(self.device).manual_seed(0)))
+        methods: list[str] = self.flow.fastest_inverse(z, few, batch=len(labels))
+        return methods
+
+    def every_class(self, count: int) -> Tensor:
+        """Return ``(count,)`` labels, all classes by turns; no class where the model has none."""
+        labels = torch.arange(count, device=self.device)
+        return labels % len(self.class_names) if self.class_names else torch.full_like(labels, -1)
 
     def label(self, name: str | int) -> int:
         """Return the label of a class given by name or number; -1 for ``"none"``.
@@ -400,7 +435,3 @@ class Farmer(
         if not images.is_floating_point():
             images = 2 * (self.quantise(images).to(self._dtype) + 0.5) / self.grey_levels - 1
         return patchify(images, self.patch_size)
-
-    def _permuted(self, tokens: Tensor) -> Tensor:
-        """Turn the order of the tokens between flow and prior; its own inverse."""
-        return tokens.flip(1) if self._flip else tokens

@@ -15,7 +15,12 @@ from farmer_examples.torchvision_operators import torchvision
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend without a screen
 
-__all__ = ["grid", "read_picture", "save_curves", "save_image", "save_sheet"]
+__all__ = ["columns", "grid", "read_picture", "save_curves", "save_error_curve", "save_image", "save_sheet"]
+
+
+def columns(classes: int) -> int:
+    """Return how many images a grid's row has, so that a column is a class where there are some, but not many."""
+    return min(classes, 10) if classes > 1 else 8
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
@@ -68,6 +73,22 @@ def save_curves(history: list[dict[str, Any]], path: Path) -> None:
     axes.axhline(lowest["held_out"], color="grey", linewidth=0.7)
     axes.set(xlabel="step", ylabel="bits per dimension", title=f"best held out: {lowest['held_out']:.3f} bits/dim")
     axes.legend()
+    with published(path) as partial:
+        figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+
+
+def save_error_curve(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw the ``psnr`` of the entries in dB, and the mean squared errors of their ``blocks``, over their ``step``."""
+    steps = [entry["step"] for entry in history]
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(6, 6), layout="constrained")
+    above.plot(steps, [entry["psnr"] for entry in history], "o-")
+    above.set(ylabel="dB", title=f"images against the exact inverse: {history[-1]['psnr']:.2f} dB")
+    for index, errors in enumerate(zip(*(entry["blocks"] for entry in history), strict=True)):
+        below.semilogy(steps, errors, label=f"Z^{index}")
+    below.set(xlabel="step", ylabel="mean squared error of the states")
+    if len(history[-1]["blocks"]) <= 10:
+        below.legend()
     with published(path) as partial:
         figure.savefig(partial, dpi=120)
     pyplot.close(figure)

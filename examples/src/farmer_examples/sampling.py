@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from farmer_examples.guidance import Guides
-from farmer_examples.model import Density, Farmer
+from farmer_examples.model import Density, Farmer, Inverse
 from farmer_examples.pictures import grid, save_image, save_sheet
 from farmer_examples.storage import published
 
@@ -33,6 +33,7 @@ def draw(
     batch_size: int,
     guides: Guides = UNGUIDED,
     redundant_scale: float = 1.0,
+    inverse: Inverse = "sequential",
 ) -> tuple[Tensor, Density]:
     """Draw one image for each of ``(count,)`` labels, with a progress bar.
 
@@ -43,6 +44,7 @@ def draw(
         batch_size: images drawn at once.
         guides: see :class:`~farmer_examples.guidance.Setting`.
         redundant_scale: factor on the variances of the prior's shared mixture.
+        inverse: see :meth:`~farmer_examples.model.Farmer.sample`. Whatever it is, the density is that of the flow.
 
     Returns:
         uint8 ``(count, channels, size, size)``, and the density of the images before rounding to grey levels.
@@ -55,7 +57,13 @@ def draw(
     with tqdm(total=len(labels), unit="image", disable=len(labels) <= batch_size) as bar:
         for part in labels.to(model.device).split(batch_size):
             try:
-                drawn = model.sample(part, **guides._asdict(), redundant_scale=redundant_scale, generator=generator)
+                drawn = model.sample(
+                    part,
+                    **guides._asdict(),
+                    redundant_scale=redundant_scale,
+                    inverse=inverse,
+                    generator=generator,
+                )
             except FloatingPointError as error:
                 raise SamplingError(f"the samples are not finite: {error}") from None
             if not drawn.isfinite().all():
@@ -89,6 +97,7 @@ def save_samples(
     files: bool = False,
     guides: Guides = UNGUIDED,
     redundant_scales: Sequence[float] = (1.0,),
+    inverse: Inverse = "sequential",
 ) -> None:
     """Draw images into a folder: ``grid.png``, ``samples.csv`` and, if ``files``, ``CLASS/000000.png``.
 
@@ -109,7 +118,15 @@ def save_samples(
     sheet, rows, pictures = [], [], []
     for factor in redundant_scales:
         used = guides if factor else guides._replace(redundant_guide=None)  # 0 leaves no density to guide
-        images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=used, redundant_scale=factor)
+        images, density = draw(
+            model,
+            labels,
+            seed=seed,
+            batch_size=batch_size,
+            guides=used,
+            redundant_scale=factor,
+            inverse=inverse,
+        )
         picture = grid(images, columns)
         sheet.append((f"redundant variance x {factor:g}", picture))
         for name, image, prior, logdet in zip(names, images, *(t.tolist() for t in density), strict=True):

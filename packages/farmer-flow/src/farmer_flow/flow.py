@@ -81,10 +81,10 @@ class AutoregressiveBlock(nn.Module):
         Returns:
             ``z``, shaped as ``x``, and ``log|det dz/dx|``, ``(batch,)`` (Eq. 10).
         """
-        x = self._in_order(x)
+        x = self.in_order(x)
         mu, log_sigma = self._affine(x[:, :-1], self.condition(labels, x))
         z = torch.cat([x[:, :1], (x[:, 1:] - mu) * log_sigma.exp()], dim=1)
-        return self._in_order(z), log_sigma.sum(dim=(1, 2))
+        return self.in_order(z), log_sigma.sum(dim=(1, 2))
 
     def inversion(
         self, z: Tensor, labels: Tensor | None = None, method: Method = "sequential", *, tolerance: float = 1e-5
@@ -94,7 +94,7 @@ class AutoregressiveBlock(nn.Module):
         A segment of one token at a time is the sequential inverse (Eq. 9), the whole sequence is Jacobi's iteration,
         and what lies between is Gauss-Seidel-Jacobi (arXiv 2505.12849), which keeps the tokens of earlier segments.
         """
-        z, condition = self._in_order(z), self.condition(labels, z)
+        z, condition = self.in_order(z), self.condition(labels, z)
         if method == "sequential":
             x = self._sequential(z, condition)
             iterations = torch.full((len(z),), z.shape[1] - 1, device=z.device)
@@ -102,7 +102,7 @@ class AutoregressiveBlock(nn.Module):
         else:
             with torch.no_grad():
                 x, iterations, fell_back = self._by_segments(z, condition, method, tolerance)
-        return self._in_order(x), BlockInversion(method, iterations, fell_back)
+        return self.in_order(x), BlockInversion(method, iterations, fell_back)
 
     def _sequential(self, z: Tensor, condition: Tensor | None) -> Tensor:
         cache = self.transformer.new_cache(z.shape[0], z.shape[1] - 1)
@@ -166,7 +166,8 @@ class AutoregressiveBlock(nn.Module):
         embedded: Tensor = self.class_embed(labels.where(labels >= 0, null)).unsqueeze(1)
         return embedded
 
-    def _in_order(self, tokens: Tensor) -> Tensor:
+    def in_order(self, tokens: Tensor) -> Tensor:
+        """Put ``(batch, length, dim)`` into the order in which this block reads, or back."""
         return tokens.flip(1) if self.reverse else tokens
 
     def _affine(self, before: Tensor, condition: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
@@ -388,12 +389,16 @@ class AutoregressiveFlow(nn.Module):
         return states
 
     def _checked(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the tokens in at least float32, or say what is wrong with them or the labels."""
-        if tokens.ndim != 3 or tokens.shape[1:] != (self.length, self.dim):
-            raise ValueError(f"tokens must be (batch, length={self.length}, dim={self.dim}), got {tuple(tokens.shape)}")
-        if labels is not None:
-            check_labels(labels, tokens.shape[0], self.classes)
-        return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        return checked(tokens, labels, self.length, self.dim, self.classes)
+
+
+def checked(tokens: Tensor, labels: Tensor | None, length: int, dim: int, classes: int) -> Tensor:
+    """Return the tokens in at least float32, or say what is wrong with them or the labels."""
+    if tokens.ndim != 3 or tokens.shape[1:] != (length, dim):
+        raise ValueError(f"tokens must be (batch, length={length}, dim={dim}), got {tuple(tokens.shape)}")
+    if labels is not None:
+        check_labels(labels, tokens.shape[0], classes)
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
