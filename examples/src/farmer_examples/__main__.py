@@ -240,6 +240,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
+    folder = find_model(options.checkpoint)
     run = options.output or options.checkpoint / "distillation"
     if options.config is not None:
         config = load_config(options.config, options.overrides)
@@ -249,7 +250,6 @@ def _distill(options: argparse.Namespace) -> None:
         config = load_config(options.checkpoint / CONFIG, options.overrides)
     else:
         raise ConfigError(f"{options.checkpoint} is not a run: name its training's configuration with --config")
-    folder = find_model(options.checkpoint)
     distill(config, folder, run, resume=options.resume)
     print(f"the student is {folder / STUDENT}: farmer sample --checkpoint {options.checkpoint} --inverse one-step")
 

@@ -158,11 +158,17 @@ class Distillation(Schedule):
 
     steps: int = Field(default=20000, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    max_noise: float = Field(default=0.3, ge=0)
-    """The largest standard deviation of the noise on the latents that the student starts from."""
+    max_noise: float = Field(default=0.1, ge=0)
+    """The largest standard deviation of the noise on the latents of images; the paper has 0.3."""
+    pixel_weight: float = Field(default=600.0, ge=0)
+    """Factor on the error of the student's image, in pixels, against the errors of the states on the way."""
+    prior_images: int = Field(default=4096, ge=0)
+    """How many images of the model itself to learn from, drawn before the first step."""
+    prior_share: float = Field(default=0.5, ge=0, le=1)
+    """The share of each batch that they make up; the rest are real images."""
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     evaluation_latents: int = Field(default=256, ge=1)
-    """How many latents of the prior the student is scored on."""
+    """How many further latents of the prior the student is scored on."""
 
 
 class Config(Section):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from farmer_distill import OneStepInverse, block_errors
+from farmer_distill import OneStepInverse, distillation_loss
 from farmer_flow import AutoregressiveFlow
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
 from farmer_examples.config import Config, ConfigError
 from farmer_examples.loop import Course, Loop, TrainingError
@@ -23,6 +24,9 @@ from farmer_examples.storage import checkpoints, find_model, published
 __all__ = ["STUDENT", "Distilling", "distill", "load_student", "save_student"]
 
 STUDENT = "student.safetensors"
+
+DRAWN_AT_ONCE = 256
+"""Images drawn from the model at once."""
 
 
 def distill(config: Config, model_folder: Path, run: Path, *, resume: bool = False) -> Course:
@@ -56,17 +60,18 @@ class Lesson(nn.Module):
 
     Args:
         student: the module to train.
-        teacher: neither trained nor saved.
+        model: whose flow is the teacher; neither trained nor saved.
     """
 
-    def __init__(self, student: OneStepInverse, teacher: AutoregressiveFlow) -> None:
+    def __init__(self, student: OneStepInverse, model: Farmer) -> None:
         super().__init__()
         self.student = student
-        self._teacher = [teacher]  # in a list, it is no part of this module
+        self._model = [model]  # in a list, it is no part of this module
 
-    def forward(self, x: Tensor, labels: Tensor, *, max_noise: float, generator: Generator) -> Tensor:
-        """Return the error of each block, see :func:`farmer_distill.block_errors`."""
-        return block_errors(self.student, self._teacher[0], x, labels, max_noise=max_noise, generator=generator)
+    def forward(self, x: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+        """Return the loss, its error of the data in pixels; see :func:`farmer_distill.distillation_loss`."""
+        (model,) = self._model
+        return distillation_loss(self.student, model.flow, x, labels, decode=model.detokenise, **settings)
 
 
 class Distilling(Loop):
@@ -87,41 +92,57 @@ class Distilling(Loop):
             if resume and _taught_by(saved.model / STUDENT) != fingerprint(model.flow):
                 raise TrainingError(f"{run} distils another model than this: choose another --output, or remove it")
         super().__init__(config, run, resume=resume)
-        self._examine()
+        examined = self.settings.evaluation_latents
+        drawn, self.labels = self._drawn(examined + self.settings.prior_images)
+        self.pool, self.pool_labels = drawn[examined:], self.labels[examined:]
+        self.labels = self.labels[:examined].to(self.model.device)
+        with torch.no_grad():
+            self.states = self.model.flow.trajectory(drawn[:examined].to(self.model.device), self.labels)
 
     def build(self) -> Lesson:
         """Return a student that starts from the flow's own blocks."""
         self.model.to(self.accelerator.device)
-        return Lesson(OneStepInverse.from_flow(self.model.flow), self.model.flow)
+        return Lesson(OneStepInverse.from_flow(self.model.flow), self.model)
 
     @torch.no_grad()
-    def _examine(self) -> None:
-        """Draw the latents that the student is scored on, and invert them exactly."""
+    def _drawn(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens, ``(count, length, dim)``, and labels of images drawn from the model, on the CPU."""
         model, settings = self.model, self.settings
-        self.labels = model.every_class(settings.evaluation_latents)
+        labels = model.every_class(count)
         generator = Generator(model.device).manual_seed(settings.seed)
-        self.z = model.prior.sample(self.labels, generator=generator)
-        states = model.flow.trajectory(model.flow.inverse(model.permute(self.z), self.labels), self.labels)
-        self.states = states
-        self.images = model.detokenise(states[0]).clamp(-1, 1)
+        parts = []
+        with tqdm(
+            total=count, desc="drawing from the model", unit="image", disable=not self.accelerator.is_main_process
+        ) as bar:
+            for part in labels.split(DRAWN_AT_ONCE):
+                z = model.prior.sample(part, generator=generator)
+                parts.append(model.flow.inverse(model.permute(z), part).cpu())
+                bar.update(len(part))
+        return torch.cat(parts), labels.cpu()
 
     def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Return the mean error of the blocks (Algorithm 2)."""
-        model, settings = self.model, self.settings
-        dropped = torch.rand(len(labels), device=labels.device, generator=self.generator) < settings.label_dropout
-        tokens, _ = model.tokenise(model.noised(images, 1.0, generator=self.generator))
-        errors = self.module(
-            tokens, labels.masked_fill(dropped, -1), max_noise=settings.max_noise, generator=self.generator
+        """Return the loss on a batch of images, of which a share is drawn from the model instead."""
+        model, settings, generator = self.model, self.settings, self.generator
+        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
+        tokens, _ = model.tokenise(model.noised(images, 1.0, generator=generator))
+        labels = labels.masked_fill(dropped, -1)
+        if len(self.pool) and settings.prior_share:
+            chosen = torch.randint(len(self.pool), (len(labels),), device=labels.device, generator=generator).cpu()
+            share = torch.rand(len(labels), device=labels.device, generator=generator) < settings.prior_share
+            tokens = torch.where(share[:, None, None], self.pool[chosen].to(tokens.device), tokens)
+            labels = torch.where(share, self.pool_labels[chosen].to(labels.device), labels)
+        loss = self.module(
+            tokens, labels, max_noise=settings.max_noise, data_weight=settings.pixel_weight, generator=generator
         )
-        return errors.mean(), {f"error {index}": error for index, error in enumerate(errors.tolist())}
+        return loss, {}
 
     def evaluate(self, train: float | None) -> dict[str, Any]:
         """Compare the student's images with the exact ones from the same latents of the prior."""
         student, step = self.ema.module.student, self.course.step
         with torch.no_grad():
             reached = student.trajectory(self.states[-1], self.labels)
-        images = self.model.detokenise(reached[0]).clamp(-1, 1)
-        error = (images - self.images).square().mean().item()
+        images, exact = (self.model.detokenise(states[0]).clamp(-1, 1) for states in (reached, self.states))
+        error = (images - exact).square().mean().item()
         blocks = [(a - b).square().mean().item() for a, b in zip(reached[:-1], self.states[:-1], strict=True)]
         scores = {"train": train, "held_out": error, "blocks": blocks, "psnr": decibels(error)}
         if not math.isfinite(error):
@@ -130,7 +151,7 @@ class Distilling(Loop):
         self.accelerator.log({"held out/dB": scores["psnr"]}, step=step)
         save_error_curve([*self.course.history, {"step": step, **scores}], self.run / "curves.png")
         if self.settings.samples:
-            shown = [("exact inverse", self.images), (f"one step, {scores['psnr']:.1f} dB", images)]
+            shown = [("exact inverse", exact), (f"one step, {scores['psnr']:.1f} dB", images)]
             sheet = []
             for title, part in shown:
                 pixels = self.model.to_uint8(part[: self.settings.samples]).cpu()
@@ -143,8 +164,8 @@ class Distilling(Loop):
         save_student(self.ema.module.student, self.model.flow, folder)
 
     def shown(self, loss: float, figures: dict[str, float]) -> dict[str, str]:
-        """Return the loss and the error of the data."""
-        return {"loss": f"{loss:.4f}", "error of x": f"{figures['error 0']:.4f}"}
+        """Return the loss, and the last score."""
+        return {"loss": f"{loss:.4f}", "dB": f"{self.course.history[-1]['psnr']:.2f}"}
 
 
 def decibels(error: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from farmer_flow import AutoregressiveFlow
 from torch import Generator, Tensor
@@ -18,6 +20,8 @@ def distillation_loss(
     labels: Tensor | None = None,
     *,
     max_noise: float = 0.3,
+    data_weight: float = 1.0,
+    decode: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """Return the mean over blocks of the squared error of the student's states against the teacher's (Algorithm 2).
@@ -26,22 +30,30 @@ def distillation_loss(
     teacher's latents with noise of standard deviation ``s``, one draw of ``s ~ U[0, max_noise]`` a sequence, since it
     will meet latents that no data has, and goes on from its own states.
 
+    Beyond the paper, whose loss the defaults are, the error of the data itself may weigh more than those on the way,
+    and be measured in other units than the flow's, such as pixels.
+
     Args:
         student: whose parameters get gradients.
         teacher: the flow to be inverted; it stays as it is.
         x: ``(batch, length, dim)``: data, or what the teacher's inverse makes of latents from a prior.
         labels: ``(batch,)`` int64, negative for no class; None for no class at all.
         max_noise: the largest standard deviation of the noise on the latents.
+        data_weight: factor on the error of the data, ``Z^0``.
+        decode: a differentiable map of ``(batch, length, dim)`` after which the error of the data is measured.
         generator: of the noise, on the device of ``x``.
 
     Returns:
         A scalar, float32 whatever the autocast.
 
     Raises:
-        ValueError: if tokens or labels have the wrong shape, a label is out of range, ``max_noise`` is negative, or
-            student and teacher have other sizes.
+        ValueError: if tokens or labels have the wrong shape, a label is out of range, ``max_noise`` or ``data_weight``
+            is negative, or student and teacher have other numbers of blocks.
     """
-    return block_errors(student, teacher, x, labels, max_noise=max_noise, generator=generator).mean()
+    if not data_weight >= 0:
+        raise ValueError(f"data_weight must be at least 0, got {data_weight}")
+    errors = block_errors(student, teacher, x, labels, max_noise=max_noise, decode=decode, generator=generator)
+    return (data_weight * errors[0] + errors[1:].sum()) / len(errors)
 
 
 def block_errors(
@@ -51,6 +63,7 @@ def block_errors(
     labels: Tensor | None = None,
     *,
     max_noise: float = 0.3,
+    decode: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """Return the terms of :func:`distillation_loss`, ``(blocks,)``: the mean squared error of each block's output.
@@ -68,5 +81,7 @@ def block_errors(
         deviation = max_noise * torch.rand(len(z), 1, 1, dtype=z.dtype, device=z.device, generator=generator)
         noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
     reached = student.trajectory(z + deviation * noise, labels)
+    if decode is not None:
+        states[0], reached[0] = decode(states[0]), decode(reached[0])
     pairs = zip(reached[:-1], states[:-1], strict=True)
     return torch.stack([(ours - theirs).square().mean() for ours, theirs in pairs])

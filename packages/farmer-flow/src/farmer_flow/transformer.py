@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["KVCache", "Transformer"]
@@ -73,12 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         """Map ``(batch, new, width)`` to the same shape, attending to the cache's tokens as well."""
-        q, k, v = rearrange(
-            self.qkv(x),
-            "batch new (three heads dim) -> three batch heads new dim",
-            three=3,
-            dim=self.head_dim,
-        )
+        # (batch, new, 3 heads dim) -> three of (batch, heads, new, dim); einops would slow down decoding
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_dim)).transpose(1, 3).unbind(2)
         mask = None
         if cache is not None:
             past, new = cache.position, x.shape[1]
@@ -87,7 +82,7 @@ class Attention(nn.Module):
                 mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past)
         causal = mask is None and x.shape[1] > 1
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        projected: Tensor = self.out(rearrange(attended, "batch heads new dim -> batch new (heads dim)"))
+        projected: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return projected
 
 
