@@ -29,7 +29,7 @@ from farmer_examples.training import train
 __all__ = ["main"]
 
 USER_ERRORS = (ConfigError, DataError, SamplingError, TrainingError, UnknownClassError, OSError)
-SWEPT = {"guidance", "guidance_method", "guidance_options"}
+SWEPT = {"guidance", "guidance_method", "guidance_options", "inverse"}
 INVERSES = ["sequential", "jacobi", "gauss-seidel-jacobi", "auto", "one-step"]
 CHECKPOINT = "a run's folder (its best model), or a model's"
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--batch-size", type=_positive, default=100, help="images drawn at once (100)")
 
-    command = _command(commands, "sweep", _sweep, "measure samples at many guidance settings, side by side")
+    command = _command(commands, "sweep", _sweep, "measure samples drawn in many ways, side by side")
     _add_checkpoint(command)
     scales = [0.0, 0.25, 0.5, 1.0, 2.0, 3.0]
     command.add_argument(
@@ -136,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--guidance-method", nargs="+", choices=list(METHODS), default=["resampling"], help="one or both (resampling)"
+    )
+    command.add_argument(
+        "--inverse", nargs="+", choices=INVERSES, default=["sequential"], help="one or several (sequential)"
     )
     _add_guidance(command, "; a list in brackets is swept over, as in scale_temperature=[0.8,0.9,1]")
     command.add_argument("--count", type=_positive, default=1000, help="images at each setting (1000)")
@@ -314,6 +317,7 @@ def _sweep(options: argparse.Namespace) -> None:
         preset=options.guidance_preset,
         schedule=options.guidance_schedule or "constant",
         options=choices,
+        inverses=options.inverse,
     )
     folder, model = find_model(options.checkpoint), _load(options.checkpoint)
     if options.data is None and not (options.checkpoint / CONFIG).is_file():
@@ -321,6 +325,8 @@ def _sweep(options: argparse.Namespace) -> None:
     data = load_config(options.data or options.checkpoint / CONFIG).data
     if (data.image_size, data.channels) != (model.image_size, model.channels):
         raise ConfigError(f"the model's images are not of the size or channels of {data.source} as configured")
+    labels = model.every_class(min(options.batch_size, options.count))
+    inverses = {name: _inverse(name, options.checkpoint, model, labels) for name in options.inverse}
     train, held_out = data.load("train"), data.load("test")
     if list(train.class_names) != model.class_names:
         raise ConfigError(f"the classes of {data.source} are not the model's: name its training's data with --data")
@@ -335,6 +341,8 @@ def _sweep(options: argparse.Namespace) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
         origin=stamp(folder / "model.safetensors"),
+        inverses=inverses,
+        student=stamp(folder / STUDENT) if "one-step" in inverses else "",
     )
     print(table(rows))
     print(f"{options.output / 'sheet.png'} and {options.output / 'sweep.csv'}")

@@ -1,8 +1,9 @@
-"""How samples are guided, as the command line says it."""
+"""How samples are drawn, guided or not, as the command line says it."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Guides(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to guide.
+    """One way to draw.
 
     Args:
         scale: w.
@@ -47,6 +48,7 @@ class Setting:
         schedule: ``"constant"``, or a key of :data:`SCHEDULES`: the scale of the informative channels then grows from
             0 at the first token to ``scale`` at the last.
         options: further arguments of the method, such as its temperatures.
+        inverse: how latents become images: a method of the flow, ``"auto"``, or ``"one-step"`` for the student.
     """
 
     scale: float
@@ -54,11 +56,14 @@ class Setting:
     preset: str | None = None
     schedule: str = "constant"
     options: dict[str, Any] = field(default_factory=dict)
+    inverse: str = "sequential"
 
     def __str__(self) -> str:
         parts = [f"w = {self.scale:.12g}", self.preset or self.method] if self.scale else ["no guidance"]
         parts += [self.schedule] if self.schedule != "constant" else []
-        return ", ".join(parts + [f"{name} {value}" for name, value in self.options.items()])
+        parts += [f"{name} {value}" for name, value in self.options.items()]
+        parts += [self.inverse] if self.inverse != "sequential" else []
+        return ", ".join(parts)
 
     def guides(self) -> Guides:
         """Return guides of both kinds of channels; that of the redundant ones resamples from one pool an image.
@@ -108,6 +113,7 @@ def settings_of(
     preset: str | None = None,
     schedule: str = "constant",
     options: dict[str, list[Any]] | None = None,
+    inverses: Sequence[str] = ("sequential",),
 ) -> list[Setting]:
     """Return every combination, each once, with the options that matter to it.
 
@@ -119,6 +125,7 @@ def settings_of(
         preset: see :class:`Setting`.
         schedule: see :class:`Setting`.
         options: values for each option; of the methods, those that have it take it.
+        inverses: see :class:`Setting`.
 
     Raises:
         ConfigError: if a combination cannot be.
@@ -131,15 +138,17 @@ def settings_of(
         if not values:
             raise ConfigError(f"the list of values of {name} is empty")
     chosen: list[Setting] = []
-    for scale, method, values in itertools.product(scales, methods, itertools.product(*options.values())):
+    drawn = itertools.product(scales, methods, itertools.product(*options.values()), inverses)
+    for scale, method, values, inverse in drawn:
         known = known_options(method)
         given = {name: value for name, value in zip(options, values, strict=True) if name in known}
-        setting = Setting(scale, method, preset if method == "resampling" else None, schedule, given)
+        setting = Setting(scale, method, preset if method == "resampling" else None, schedule, given, inverse)
         setting.guides()
         if scale == 0:
             given = {**PRESETS.get(setting.preset or "", {}), **given}
             temperatures = ("weight_temperature", "scale_temperature")
-            setting = Setting(0.0, options={name: given[name] for name in temperatures if given.get(name, 1) != 1})
+            given = {name: given[name] for name in temperatures if given.get(name, 1) != 1}
+            setting = Setting(0.0, options=given, inverse=inverse)
         if setting not in chosen:
             chosen.append(setting)
     return chosen

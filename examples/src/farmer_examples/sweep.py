@@ -1,4 +1,4 @@
-"""``farmer sweep``: samples at many guidance settings, measured and laid side by side."""
+"""``farmer sweep``: samples drawn in many ways, measured and laid side by side."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from farmer_examples.data import ImageData
 from farmer_examples.guidance import Setting
 from farmer_examples.judge import Judge, Quality, judge_of
-from farmer_examples.model import Farmer
+from farmer_examples.model import Farmer, Inverse
 from farmer_examples.pictures import grid, read_picture, save_image, save_sheet
 from farmer_examples.sampling import SamplingError, check_empty, draw
 from farmer_examples.storage import published
@@ -25,7 +26,19 @@ from farmer_examples.storage import published
 __all__ = ["stamp", "sweep", "table"]
 
 EFFORT = ["effective_candidates", "from_conditional", "fell_back"]
-COLUMNS = ["name", "scale", "method", "preset", "schedule", "options", *Quality._fields, "log_likelihood", *EFFORT]
+COLUMNS = [
+    "name",
+    "scale",
+    "method",
+    "preset",
+    "schedule",
+    "options",
+    "inverse",
+    "student",
+    *Quality._fields,
+    "log_likelihood",
+    *EFFORT,
+]
 COLUMNS += ["seconds"]
 
 GRID = 10
@@ -80,6 +93,8 @@ def sweep(
     seed: int = 0,
     batch_size: int = 100,
     origin: str = "",
+    inverses: Mapping[str, Inverse] | None = None,
+    student: str = "",
 ) -> list[dict[str, Any]]:
     """Draw images at every setting from the same labels and seed, measure them, and lay them side by side.
 
@@ -100,6 +115,8 @@ def sweep(
         seed: of the images.
         batch_size: images drawn at once.
         origin: what tells the model and its data from others; a folder holds the sweeps of one.
+        inverses: what the settings' ``inverse`` stand for where that is no method of the flow.
+        student: what tells the student among these from others: settings with another are measured anew.
 
     Returns:
         A row for each setting, after one of held-out real images: what was set; ``consistency``, ``frechet``,
@@ -121,6 +138,7 @@ def sweep(
     if begun is not None and begun["of"] != identity:
         raise SamplingError(f"{output} holds a sweep of {begun['of']}, and this is one of {identity}: name another")
     rows: dict[str, dict[str, Any]] = {} if begun is None else begun["rows"]
+    rows = {name: row for name, row in rows.items() if row.get("student", "") in ("", student)}
     _keep(output, identity, rows)
 
     labels = torch.arange(count) % len(model.class_names)
@@ -138,7 +156,9 @@ def sweep(
             if name in rows:
                 continue
             try:
-                rows[name] = _measured(model, setting, output, judge, real_features, labels, seed, batch_size)
+                inverse = (inverses or {}).get(setting.inverse, setting.inverse)
+                row = _measured(model, setting, output, judge, real_features, labels, seed, batch_size, inverse)
+                rows[name] = {**row, "student": student if setting.inverse == "one-step" else ""}
             except SamplingError as error:
                 failed[name] = {"name": name, "failed": str(error)}
             _keep(output, identity, rows)
@@ -154,6 +174,7 @@ def _measured(
     labels: Tensor,
     seed: int,
     batch_size: int,
+    inverse: Inverse,
 ) -> dict[str, Any]:
     """Return the row of a setting."""
     start = time.perf_counter()
@@ -161,7 +182,7 @@ def _measured(
     effort = Effort(guides.guide) if setting.method == "resampling" else None
     if effort is not None:
         guides = guides._replace(guide=effort)
-    images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=guides)
+    images, density = draw(model, labels, seed=seed, batch_size=batch_size, guides=guides, inverse=inverse)
     seconds = (time.perf_counter() - start) / len(labels)
     _picture(output, str(setting), images)
     return {

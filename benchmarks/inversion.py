@@ -1,0 +1,139 @@
+"""Every inverse of a flow against the sequential one, and that against decoding that concatenates its cache.
+
+The weights are random unless a trained model is named: what an iteration costs does not depend on them, but how many
+iterations a block needs does.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from farmer_ar import LatentPrior
+from farmer_distill import OneStepInverse
+from farmer_flow import AutoregressiveFlow
+from measure import machine, median_seconds
+from torch import nn
+
+FORMS = ["forward", "sequential", "concatenated", "jacobi", "gauss-seidel-jacobi", "auto", "one-step", "prior"]
+
+
+def concatenated(flow, z):
+    """The sequential inverse as it is commonly written: each step's keys and values are joined to all before them."""
+    for block in reversed(flow.blocks):
+        z = z.flip(1) if block.reverse else z
+        x, keys, values = [z[:, :1]], {}, {}
+        for i in range(1, z.shape[1]):
+            hidden = F.linear(x[-1], block.embed.weight, block.embed.bias) + block.position[i - 1]
+            for layer in block.transformer.layers:
+                attention, mlp = layer.attention, layer.mlp
+                qkv = F.linear(layer.attention_norm(hidden), attention.qkv.weight, attention.qkv.bias)
+                q, k, v = qkv.view(len(z), 1, 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
+                keys[layer] = torch.cat([keys[layer], k], dim=2) if layer in keys else k
+                values[layer] = torch.cat([values[layer], v], dim=2) if layer in values else v
+                attended = F.scaled_dot_product_attention(q, keys[layer], values[layer]).transpose(1, 2).flatten(2)
+                hidden = hidden + F.linear(attended, attention.out.weight, attention.out.bias)
+                inner = F.gelu(F.linear(layer.mlp_norm(hidden), mlp[0].weight, mlp[0].bias))
+                hidden = hidden + F.linear(inner, mlp[2].weight, mlp[2].bias)
+            mu, raw = block.out(block.transformer.norm(hidden)).chunk(2, dim=-1)
+            x.append(z[:, i : i + 1] * (-8 * torch.tanh(raw / 8)).exp() + mu)
+        z = torch.cat(x, dim=1)
+        z = z.flip(1) if block.reverse else z
+    return z
+
+
+def random_flow(options, tokens):
+    flow = AutoregressiveFlow(options.dim, tokens, width=options.width, blocks=options.blocks, layers=options.layers)
+    for block in flow.blocks:
+        nn.init.normal_(block.out.weight, std=0.3 / options.width**0.5)
+    return flow
+
+
+def random_prior(options, tokens):
+    return LatentPrior(
+        options.dim,
+        tokens,
+        informative_dim=min(options.dim, 128),
+        width=options.width,
+        layers=options.prior_layers,
+        components=64,
+        redundant_components=200,
+        condition_repeats=64,
+    )
+
+
+@torch.inference_mode()
+def compare(flow, prior, z, options, device):
+    student = OneStepInverse.from_flow(flow)
+    forms = {
+        "forward": lambda: flow(z),
+        "sequential": lambda: flow.inverse(z),
+        "concatenated": lambda: concatenated(flow, z),
+        "jacobi": lambda: flow.inverse(z, method="jacobi"),
+        "gauss-seidel-jacobi": lambda: flow.inverse(z, method="gauss-seidel-jacobi"),
+        "auto": lambda: flow.inverse(z, method=methods),
+        "one-step": lambda: student(z),
+        "prior": lambda: prior.sample(len(z)),
+    }
+    forms = {name: forms[name] for name in options.forms if name != "prior" or prior is not None}
+    print(f"\nbatch {len(z)}, {z.shape[1]} tokens")
+    if "auto" in forms:
+        methods = flow.fastest_inverse(z[:4], batch=len(z))
+        print(f"auto: {', '.join(f'{methods.count(name)} {name}' for name in dict.fromkeys(methods))}")
+    exact = flow.inverse(z)
+    for name in ("concatenated", "jacobi", "gauss-seidel-jacobi"):
+        if name in forms:
+            error = (forms[name]() - exact).abs().max().item()
+            reports = flow.inversion(z, method=name).blocks if name != "concatenated" else []
+            iterations = ", ".join(
+                f"{report.iterations.max()}{'*' if report.fell_back.any() else ''}" for report in reports
+            )
+            print(f"{name}: largest difference {error:.1e}" + (f"; iterations {iterations}" if reports else ""))
+    seconds = median_seconds(forms, options.repeats, device)
+    for name, taken in seconds.items():
+        print(f"{name:20s} {1e3 * taken:10.1f} ms   {seconds['sequential'] / taken:7.2f}x the sequential's speed")
+    if {"one-step", "forward"} <= seconds.keys():
+        print(f"one-step / forward: {seconds['one-step'] / seconds['forward']:.2f}x")
+    if {"one-step", "prior"} <= seconds.keys():
+        total = {name: seconds["prior"] + seconds[name] for name in ("sequential", "one-step")}
+        print(f"prior and inverse together: {total['sequential'] / total['one-step']:.2f}x with the student")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--dim", type=int, default=48)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--prior-layers", type=int, default=12, help="of the prior, if it is timed (12)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS[:-1], help="what to time (all but prior)")
+    parser.add_argument("--checkpoint", type=Path, help="a run whose flow to take, with latents of its prior")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    if "sequential" not in options.forms:
+        parser.error("--forms needs sequential, which all are compared with")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    print(machine(device))
+    if options.checkpoint:
+        from farmer_examples import Farmer
+        from farmer_examples.storage import find_model
+
+        model = Farmer.from_pretrained(find_model(options.checkpoint)).to(device).eval()
+        for batch in options.batch:
+            z = model.permute(model.prior.sample(model.every_class(batch)))
+            compare(model.flow, model.prior, z, options, device)
+        return
+    print(f"{options.blocks} blocks of {options.layers} layers, width {options.width}, {options.dim} channels, float32")
+    for tokens in options.tokens:
+        flow = random_flow(options, tokens).to(device).eval()
+        prior = random_prior(options, tokens).to(device).eval() if "prior" in options.forms else None
+        for batch in options.batch:
+            z = torch.randn(batch, tokens, options.dim, device=device)
+            compare(flow, prior, z, options, device)
+
+
+if __name__ == "__main__":
+    main()
