@@ -232,7 +232,7 @@ def test_the_demo_judges_its_samples(tmp_path, capsys):
     assert checkpoints(tmp_path)[-1].step == before
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["sweep"], ["likelihood"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["distill"], ["sample"], ["sweep"], ["likelihood"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

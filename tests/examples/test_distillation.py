@@ -1,13 +1,14 @@
 """``farmer distill`` and the inverses that ``farmer sample`` may take."""
 
 import csv
+import json
 import shutil
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from farmer_distill import OneStepInverse
-from farmer_examples import Farmer
+from farmer_examples import Farmer, judge
 from farmer_examples.__main__ import main
 from farmer_examples.distillation import STUDENT, decibels, load_student, save_student
 from farmer_examples.storage import checkpoints, find_model
@@ -129,6 +130,29 @@ def test_the_likelihood_of_a_students_image_is_the_flows(run):
         z, logdet = model.flow(model.tokenise(images)[0], labels)
         expected = model.prior.log_prob(model.permute(z), labels) + logdet
         torch.testing.assert_close(model.log_prob(images, labels), expected)
+
+
+def test_a_sweep_measures_inverses_side_by_side_and_a_new_student_anew(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "MOST_EPOCHS", 1)
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied, symlinks=True)
+    command = ["sweep", "--checkpoint", str(copied), "--count", "20", "--guidance", "0"]
+    command += ["--inverse", "sequential", "one-step", "--output", str(tmp_path / "sweep")]
+
+    def measured():
+        main(command)
+        kept = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
+        return {row["name"]: row["frechet"] for row in kept}
+
+    first = measured()
+    assert list(first) == ["real images, held out", "no guidance", "no guidance, one-step"]
+    assert first["no guidance"] != first["no guidance, one-step"]
+    assert measured() == first
+    model = Farmer.from_pretrained(find_model(copied))
+    save_student(OneStepInverse.from_flow(model.flow), model.flow, find_model(copied))
+    again = measured()
+    assert again["no guidance"] == first["no guidance"]
+    assert again["no guidance, one-step"] != first["no guidance, one-step"]
 
 
 def test_mistakes_are_explained(run, tmp_path, capsys):

@@ -16,15 +16,15 @@ __all__ = ["OneStepInverse"]
 class OneStepInverse(nn.Module):
     r"""An approximate inverse of an autoregressive flow, in as many parallel passes as the flow has blocks.
 
-    Block ``t`` of the flow has the exact inverse ``x_i = z_i / sigma(x_<i) + mu(x_<i)``, one token after another (FARMER,
+    A block of the flow has the exact inverse ``x_i = z_i / sigma(x_<i) + mu(x_<i)``, one token after another (FARMER,
     arXiv 2510.23588, Eq. 9). The student's computes all tokens at once, with a Transformer of its own that reads the
     latents in place of the tokens:
 
         ``x_1 = z_1``,  ``x_i = z_i / sigma'(z_<i) + mu'(z_<i)``
 
-    The exact inverse can be written in this form, since ``x_<i`` is a function of ``z_<i``; it remains to learn it, with
-    :func:`~farmer_distill.distillation_loss`. The student starts from the flow's own weights, and so from one iteration
-    of Jacobi's method a block. The paper's has bidirectional attention, which came out less accurate.
+    The exact inverse can be written in this form, since ``x_<i`` is a function of ``z_<i``; it remains to learn it,
+    with :func:`~farmer_distill.distillation_loss`. The student starts from the flow's own weights, and so from one
+    iteration of Jacobi's method a block. The paper's has bidirectional attention, which came out less accurate.
 
     A student's image has no likelihood of its own: densities come from the flow.
 
