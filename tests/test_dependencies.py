@@ -43,6 +43,11 @@ def test_the_prior_takes_only_the_transformer_from_the_flow():
     assert taken <= {("farmer_flow", "Transformer"), ("farmer_flow", "KVCache")}
 
 
+def test_the_student_takes_what_stands_at_the_flows_front_door():
+    modules = {module for module, _ in imports("packages/farmer-distill") if module.startswith("farmer_flow")}
+    assert modules == {"farmer_flow"}
+
+
 @pytest.mark.parametrize("folder", [folder for folder in ALLOWED if folder != "examples"])
 def test_packages_need_only_torch_and_einops(folder):
     standard = {"__future__", "collections", "contextlib", "copy", "dataclasses", "inspect", "math", "time", "typing"}

@@ -13,6 +13,7 @@ from farmer_examples.__main__ import main
 from farmer_examples.distillation import STUDENT, decibels, load_student, save_student
 from farmer_examples.storage import checkpoints, find_model
 from PIL import Image
+from safetensors.torch import load_file
 
 TINY = [
     "model.flow={width: 32, blocks: 2, layers: 1, head_dim: 16}",
@@ -90,11 +91,14 @@ def test_distilling_leaves_all_it_promises(run):
     assert min(picture.size) > 250, "two grids of two rows each"
 
 
-def test_the_models_own_weights_are_not_touched(run, tmp_path):
-    model = find_model(run)
-    before = (model / "model.safetensors").read_bytes()
-    main(["distill", "--checkpoint", str(run), "--output", str(tmp_path / "again"), *SHORT, "distillation.steps=2"])
-    assert (model / "model.safetensors").read_bytes() == before
+def test_neither_the_model_nor_a_better_student_is_touched(run, tmp_path, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied, symlinks=True)
+    before = {file.name: file.read_bytes() for file in find_model(copied).iterdir()}
+    again = ["distill", "--checkpoint", str(copied), "--output", str(tmp_path / "again"), *SHORT]
+    main([*again, "distillation.steps=2"])
+    assert {file.name: file.read_bytes() for file in find_model(copied).iterdir()} == before
+    assert "stays: its" in capsys.readouterr().out
 
 
 def test_resuming_is_exact(run, tmp_path):
@@ -103,7 +107,8 @@ def test_resuming_is_exact(run, tmp_path):
     shutil.rmtree(checkpoints(tmp_path / "cut")[-1].path)
     main(["distill", "--checkpoint", str(run), "--output", str(tmp_path / "cut"), "--resume"])
     for ours, theirs in zip(checkpoints(tmp_path / "cut"), checkpoints(run / "distillation"), strict=True):
-        assert (ours.model / STUDENT).read_bytes() == (theirs.model / STUDENT).read_bytes()
+        expected = load_file(theirs.model / STUDENT)
+        assert all(torch.equal(expected[name], tensor) for name, tensor in load_file(ours.model / STUDENT).items())
     assert [entry["blocks"] for entry in history(tmp_path / "cut")] == [
         entry["blocks"] for entry in history(run / "distillation")
     ]
@@ -119,6 +124,18 @@ def test_every_inverse_draws_the_same_images_but_the_students(run, tmp_path):
     for name in ("jacobi", "gauss-seidel-jacobi", "auto"):
         assert tables[name] == pytest.approx(tables["sequential"], abs=0.05)
     assert tables["one-step"] != pytest.approx(tables["sequential"], abs=0.05)
+
+
+def test_the_iterations_and_fall_backs_of_an_exact_inverse_are_reported(run, tmp_path, capsys):
+    arguments = ["sample", "--checkpoint", str(run), "--count", "20", "--batch-size", "8", "--inverse", "jacobi"]
+    counts = {}
+    for tolerance in ("0.1", "1e-5"):
+        main([*arguments, "--tolerance", tolerance, "--output", str(tmp_path / tolerance)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("block")]
+        assert [line.partition(",")[0] for line in lines] == ["block 0: jacobi", "block 1: jacobi"]
+        assert all("over 16 tokens" in line for line in lines)
+        counts[tolerance] = float(lines[0].split()[3])
+    assert 1 <= counts["0.1"] < counts["1e-5"] <= 15
 
 
 def test_the_likelihood_of_a_students_image_is_the_flows(run):
@@ -148,6 +165,10 @@ def test_a_sweep_measures_inverses_side_by_side_and_a_new_student_anew(run, tmp_
     assert list(first) == ["real images, held out", "no guidance", "no guidance, one-step"]
     assert first["no guidance"] != first["no guidance, one-step"]
     assert measured() == first
+    main(
+        ["sweep", "--checkpoint", str(copied), "--count", "20", "--guidance", "0", "--output", str(tmp_path / "sweep")]
+    )
+    assert measured() == first, "a sweep without the student leaves what was measured with it"
     model = Farmer.from_pretrained(find_model(copied))
     save_student(OneStepInverse.from_flow(model.flow), model.flow, find_model(copied))
     again = measured()
@@ -160,6 +181,16 @@ def test_mistakes_are_explained(run, tmp_path, capsys):
     assert "already holds a training" in refused(["distill", "--checkpoint", str(run), *SHORT], capsys)
     assert "there is no folder" in refused(["distill", "--checkpoint", str(tmp_path / "none")], capsys)
     assert "with --config" in refused(["distill", "--checkpoint", str(model), "--output", str(tmp_path)], capsys)
+    assert "with --output" in refused(["distill", "--checkpoint", str(model)], capsys)
+    assert "takes keys of" in refused(["distill", "--checkpoint", str(run), "training.minutes=1"], capsys)
+    error = refused(["distill", "--checkpoint", str(run), "--output", str(run), "--resume"], capsys)
+    assert "cannot be resumed" in error
+    shutil.copytree(run / "distillation", tmp_path / "damaged", symlinks=True)
+    (checkpoints(tmp_path / "damaged")[-1].model / STUDENT).unlink()
+    resume = ["distill", "--checkpoint", str(run), "--output", str(tmp_path / "damaged"), "--resume"]
+    assert "no sound checkpoint of a distillation" in refused(resume, capsys)
+    for tolerance in ("0", "-1", "nan", "little"):
+        assert "--tolerance" in refused(["sample", "--checkpoint", str(run), "--tolerance", tolerance], capsys)
     error = refused(["distill", "--checkpoint", str(run), "distillation.step=3", "--resume"], capsys)
     assert "did you mean 'steps'?" in error
     digits = ["distill", "--checkpoint", str(model), "--config", "fashion-mnist", "--output", str(tmp_path / "d")]
@@ -177,7 +208,10 @@ def test_a_student_of_another_flow_is_refused(run, tmp_path, capsys):
     (tmp_path / STUDENT).write_bytes(b"damaged")
     assert "holds no student" in refused(sample, capsys)
     resume = ["distill", "--checkpoint", str(tmp_path), "--output", str(run / "distillation"), "--resume"]
-    assert "distils another model than this" in refused(resume, capsys)
+    assert "distils another model than" in refused(resume, capsys)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    damaged = ["distill", "--checkpoint", str(tmp_path), "--config", "digits", "--output", str(tmp_path / "d")]
+    assert "cannot be read" in refused(damaged, capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from farmer_flow import AutoregressiveFlow, inversion
+from farmer_flow import AutoregressiveFlow
+from farmer_flow import inversion as inversion_module
 from farmer_flow.inversion import METHODS, PATIENCE, fixed_point, segment_length
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,19 +105,42 @@ def test_a_diverging_block_falls_back_and_says_so(wild, method):
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
 
 
-def test_only_the_samples_that_diverge_fall_back():
-    """The first sample's changes grow without end, the second's shrink."""
-    growth = torch.tensor([3.0, 0.3], dtype=torch.float64).reshape(2, 1, 1)
+def growing(factors):
+    """A step whose tokens are each a factor times the one before, after a first that is 1e-6."""
+    factors = torch.tensor(factors, dtype=torch.float64).reshape(-1, 1, 1)
+    return lambda x, rows: torch.cat([torch.full_like(x[:, :1], 1e-6), factors[rows] * x[:, :-1]], dim=1)
 
-    def step(x, rows):
-        return torch.cat([torch.ones_like(x[:, :1]), growth[rows] * x[:, :-1]], dim=1)
 
-    guess = torch.zeros(2, 40, 1, dtype=torch.float64)
-    for part in (True, False):
-        found, iterations, diverged = fixed_point(step, guess, tolerance=1e-6, part=part)
-        assert diverged.tolist() == [True, False]
-        assert iterations[0] == (1 + PATIENCE if part else iterations[1])
-        torch.testing.assert_close(found[1, :, 0], 0.3 ** torch.arange(40, dtype=torch.float64), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("drop_settled", [True, False])
+def test_only_the_samples_that_diverge_are_given_up(drop_settled):
+    """The first sample's changes grow, from far below the tolerance; the second's shrink. The third does not matter."""
+    guess, live = torch.zeros(3, 40, 1, dtype=torch.float64), torch.tensor([True, True, False])
+    found, iterations, diverged = fixed_point(
+        growing([3.0, 0.3, 3.0]), guess, live, tolerance=1e-5, drop_settled=drop_settled
+    )
+    assert diverged.tolist() == [True, False, False]
+    assert iterations[0] == 1 + PATIENCE
+    assert 1 < iterations[1] < 4
+    assert iterations[2] == 0
+    torch.testing.assert_close(found[1, :, 0], 1e-6 * 0.3 ** torch.arange(40, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_without_patience_an_iteration_ends_by_its_bound():
+    """As many tokens as iterations: exact, though the last change is as large as any."""
+    guess, live = torch.zeros(1, PATIENCE, 1, dtype=torch.float64), torch.tensor([True])
+    found, iterations, diverged = fixed_point(growing([3.0]), guess, live, tolerance=1e-9, drop_settled=True)
+    assert iterations.item() == PATIENCE
+    assert not diverged.any()
+    torch.testing.assert_close(found[0, :, 0], 1e-6 * 3.0 ** torch.arange(PATIENCE, dtype=torch.float64))
+
+
+def test_long_segments_fall_back_too(disturb):
+    """Segments of 15 tokens, in which a chaotic block outlasts the patience."""
+    flow = disturb(AutoregressiveFlow(DIM, 121, width=16, blocks=1, layers=2, head_dim=8), 1.5).double()
+    z = torch.randn(2, 121, DIM, dtype=torch.float64)
+    found, (report,) = flow.inversion(z, method="gauss-seidel-jacobi", tolerance=TOLERANCE)
+    assert report.fell_back.any()
+    torch.testing.assert_close(found, flow.inverse(z), atol=1e-7, rtol=0)
 
 
 def test_latents_that_are_no_numbers_spoil_their_own_sample_alone(flow):
@@ -132,12 +156,16 @@ def test_latents_that_are_no_numbers_spoil_their_own_sample_alone(flow):
         assert not any(report.fell_back[others].any() for report in reports)
 
 
-def test_in_float32_no_tolerance_is_too_small(flow):
-    """Rounding keeps the changes above it; then the iteration ends by its bound, or falls back."""
+@pytest.mark.parametrize("method", PARALLEL)
+def test_reduced_precision_agrees_to_its_rounding(flow, method):
     z = latents().float()
     flow = flow.float()
-    found = flow.inverse(z, labels(), method="jacobi", tolerance=1e-30)
-    torch.testing.assert_close(found, flow.inverse(z, labels()), atol=1e-4, rtol=0)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found, reports = flow.inversion(z, labels(), method=method, tolerance=1e-3)
+        expected = flow.inverse(z, labels())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
+    assert all((report.iterations <= LENGTH - 1).all() for report in reports)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +183,7 @@ def test_the_fastest_method_is_that_of_least_passes_times_seconds(wild, monkeypa
         asked.append(batch)
         return seconds[method]
 
-    monkeypatch.setattr(inversion, "_seconds_a_pass", timed)
+    monkeypatch.setattr(inversion_module, "_seconds_a_pass", timed)
     assert wild.fastest_inverse(latents(2), batch=64) == expected
     assert set(asked) == {64}
 
@@ -163,16 +191,20 @@ def test_the_fastest_method_is_that_of_least_passes_times_seconds(wild, monkeypa
 def test_the_fastest_inverse_is_measured_and_can_be_used(flow):
     methods = flow.fastest_inverse(latents(2), labels(2), batch=3)
     z = latents()
-    found, reports = flow.inversion(z, labels(), method=methods)
-    assert [report.method for report in reports] == methods
+    found, reports = inversion = flow.inversion(z, labels(), method=methods)
+    assert [report.method for report in reports] == inversion.methods == methods
     torch.testing.assert_close(found, flow.inverse(z, labels()), atol=1e-3, rtol=0)
     assert flow.inverse(z[:0], labels()[:0], method="auto").shape == (0, LENGTH, DIM)
 
 
-def test_only_the_sequential_inverse_is_differentiated(flow):
+def test_only_the_sequential_inverse_is_differentiable(flow):
     z = latents(1).requires_grad_()
     assert flow.inverse(z).requires_grad
-    assert not flow.inverse(z, method="jacobi").requires_grad
+    with pytest.raises(ValueError, match="only the sequential inverse is differentiable"):
+        flow.inverse(z, method="jacobi")
+    with torch.no_grad():
+        flow.inverse(z, method="jacobi")
+    assert not flow.inverse(z.detach(), method="jacobi").requires_grad
 
 
 def test_segments_are_an_eighth_of_the_tokens():

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from farmer_guidance import PRESETS
-from safetensors import SafetensorError
 
 from farmer_examples.config import ConfigError, load_config, load_options, shipped_configs
 from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
-from farmer_examples.distillation import STUDENT, distill, load_student
+from farmer_examples.distillation import STUDENT, distill
 from farmer_examples.guidance import METHODS, SCHEDULES, Guides, Setting, read_options, settings_of
+from farmer_examples.inverse import INVERSES, ExactInverse, inverse_of
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.loop import CONFIG, TrainingError, resumed_config
-from farmer_examples.model import Farmer, Inverse, UnknownClassError, lacks_float64
+from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
 from farmer_examples.sweep import stamp, sweep, table
@@ -28,9 +28,8 @@ from farmer_examples.training import train
 
 __all__ = ["main"]
 
-USER_ERRORS = (ConfigError, DataError, SamplingError, TrainingError, UnknownClassError, OSError)
+USER_ERRORS = (ConfigError, DataError, FloatingPointError, SamplingError, TrainingError, UnknownClassError, OSError)
 SWEPT = {"guidance", "guidance_method", "guidance_options", "inverse"}
-INVERSES = ["sequential", "jacobi", "gauss-seidel-jacobi", "auto", "one-step"]
 CHECKPOINT = "a run's folder (its best model), or a model's"
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
 
@@ -92,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", metavar="NAME", help="the model's configuration (the run's own)")
     command.add_argument("--output", type=Path, metavar="FOLDER", help="of the distillation (RUN/distillation)")
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="change a value, as in distillation.minutes=20"
+    )
 
     command = _command(commands, "sample", _sample, "draw images, with their densities in a CSV")
     _add_checkpoint(command)
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         default="sequential",
         help="one-step is the student of farmer distill; auto measures which exact method is the fastest (sequential)",
     )
+    _add_tolerance(command)
     command.add_argument("--seed", type=int, default=0, help="same seed, same images (0)")
     command.add_argument("--output", type=Path, default=Path("samples"), help="new folder to write to (samples)")
     command.add_argument("--columns", type=_positive, default=10, help="of the grid (10)")
@@ -140,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--inverse", nargs="+", choices=INVERSES, default=["sequential"], help="one or several (sequential)"
     )
+    _add_tolerance(command)
     _add_guidance(command, "; a list in brackets is swept over, as in scale_temperature=[0.8,0.9,1]")
     command.add_argument("--count", type=_positive, default=1000, help="images at each setting (1000)")
     command.add_argument("--seed", type=int, default=0, help="of the images (0)")
@@ -204,6 +207,15 @@ def _add_guidance(command: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def _add_tolerance(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-5,
+        help="change at which the exact inverses that iterate, all but sequential, stop (1e-5)",
+    )
+
+
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint",
@@ -230,6 +242,13 @@ def _factor(text: str) -> float:
     return factor
 
 
+def _tolerance(text: str) -> float:
+    tolerance = _factor(text)
+    if not tolerance:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return tolerance
+
+
 def _train(options: argparse.Namespace) -> None:
     if options.config is not None:
         config = load_config(options.config, options.overrides)
@@ -244,7 +263,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _distill(options: argparse.Namespace) -> None:
     folder = find_model(options.checkpoint)
+    if options.output is None and folder == options.checkpoint:
+        raise ConfigError(f"{folder} is a model and not a run: name a folder for the distillation with --output")
     run = options.output or options.checkpoint / "distillation"
+    for override in options.overrides:
+        if not override.startswith(("distillation.", "data.")):
+            raise ConfigError(f"{override}: a distillation takes keys of distillation and of data alone")
     if options.config is not None:
         config = load_config(options.config, options.overrides)
     elif options.resume and (run / CONFIG).is_file():
@@ -258,12 +282,7 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _load(checkpoint: Path) -> Farmer:
-    folder = find_model(checkpoint)
-    try:
-        model = Farmer.from_pretrained(folder)
-    except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise OSError(f"the model in {folder} cannot be read: {error}") from error
-    return model.to(PartialState(cpu=lacks_float64()).device).eval()
+    return Farmer.load(find_model(checkpoint)).to(PartialState(cpu=lacks_float64()).device).eval()
 
 
 def _guides(options: argparse.Namespace) -> Guides:
@@ -287,6 +306,7 @@ def _sample(options: argparse.Namespace) -> None:
     chosen = getattr(options, "class") or range(len(model.class_names)) or ["none"]
     classes = [model.label(name) for name in chosen]
     labels = torch.tensor(classes).repeat(-(-options.count // len(classes)))[: options.count]
+    inverse = inverse_of(options.inverse, find_model(options.checkpoint), model, options.tolerance)
     save_samples(
         model,
         labels,
@@ -297,16 +317,11 @@ def _sample(options: argparse.Namespace) -> None:
         files=options.files,
         guides=guides,
         redundant_scales=options.redundant_scale,
-        inverse=_inverse(options.inverse, options.checkpoint, model, labels[: options.batch_size]),
+        inverse=inverse,
     )
+    if isinstance(inverse, ExactInverse):
+        print(inverse.report())
     print(f"{options.count} samples: {options.output / 'grid.png'} and {options.output / 'samples.csv'}")
-
-
-def _inverse(name: str, checkpoint: Path, model: Farmer, labels: torch.Tensor) -> Inverse:
-    """Return what the option ``--inverse`` stands for, measured for batches as large as ``labels``."""
-    if name == "one-step":
-        return load_student(find_model(checkpoint), model.flow)
-    return model.fastest_inverse(labels) if name == "auto" else name
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -325,8 +340,7 @@ def _sweep(options: argparse.Namespace) -> None:
     data = load_config(options.data or options.checkpoint / CONFIG).data
     if (data.image_size, data.channels) != (model.image_size, model.channels):
         raise ConfigError(f"the model's images are not of the size or channels of {data.source} as configured")
-    labels = model.every_class(min(options.batch_size, options.count))
-    inverses = {name: _inverse(name, options.checkpoint, model, labels) for name in options.inverse}
+    inverses = {name: inverse_of(name, folder, model, options.tolerance) for name in options.inverse}
     train, held_out = data.load("train"), data.load("test")
     if list(train.class_names) != model.class_names:
         raise ConfigError(f"the classes of {data.source} are not the model's: name its training's data with --data")

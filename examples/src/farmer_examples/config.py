@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -49,6 +50,13 @@ class Data(Section):
     def load(self, split: Literal["train", "test"]) -> ImageData:
         """Return the images of a split; see :func:`~farmer_examples.data.load_images`."""
         return load_images(split=split, **self.model_dump(exclude={"grey_levels", "flip"}))
+
+    def check(self, model: Farmer, class_names: Sequence[str]) -> None:
+        """Raise ConfigError unless these images, of these classes, are such as a model was made for."""
+        if (self.image_size, self.channels) != (model.image_size, model.channels):
+            raise ConfigError(f"the model's images are not of the size or channels of {self.source} as configured")
+        if list(class_names) != model.class_names:
+            raise ConfigError(f"the classes of {self.source} are not the model's: name its training's configuration")
 
     @field_validator("class_names")
     @classmethod
@@ -162,13 +170,15 @@ class Distillation(Schedule):
     """The largest standard deviation of the noise on the latents of images; the paper has 0.3."""
     pixel_weight: float = Field(default=600.0, ge=0)
     """Factor on the error of the student's image, in pixels, against the errors of the states on the way."""
-    prior_images: int = Field(default=4096, ge=0)
+    prior_images: int = Field(default=4096, ge=1)
     """How many images of the model itself to learn from, drawn before the first step."""
     prior_share: float = Field(default=0.5, ge=0, le=1)
     """The share of each batch that they make up; the rest are real images."""
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     evaluation_latents: int = Field(default=256, ge=1)
     """How many further latents of the prior the student is scored on."""
+    drawn_at_once: int = Field(default=256, ge=1)
+    """How many of either are drawn and inverted at once."""
 
 
 class Config(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +20,42 @@ from farmer_examples.config import Config, ConfigError
 from farmer_examples.loop import Course, Loop, TrainingError
 from farmer_examples.model import Farmer
 from farmer_examples.pictures import columns, grid, save_error_curve, save_sheet
-from farmer_examples.storage import checkpoints, find_model, published
+from farmer_examples.storage import checkpoints, published
 
-__all__ = ["STUDENT", "Distilling", "distill", "load_student", "save_student"]
+__all__ = ["STUDENT", "Distilling", "decibels", "distill", "load_student", "save_student"]
 
 STUDENT = "student.safetensors"
 
-DRAWN_AT_ONCE = 256
-"""Images drawn from the model at once."""
+SEEDS = 2**32
+"""Where the seeds begin of latents to learn from, beyond any that samples are drawn with."""
 
 
-def distill(config: Config, model_folder: Path, run: Path, *, resume: bool = False) -> Course:
-    """Teach a student the inverse of a model's flow, and put it beside the model.
+def distill(config: Config, folder: Path, run: Path, *, resume: bool = False) -> Course:
+    """Teach a student the inverse of a model's flow, and put it beside the model as soon as it is the best so far.
 
     Args:
         config: of the model's training; its section ``distillation`` is the course.
-        model_folder: of the model, which gets ``student.safetensors``.
+        folder: of the model, which gets ``student.safetensors``, unless it has one that comes nearer to the flow.
         run: the folder of the distillation.
         resume: go on from the newest checkpoint in ``run``, if there is one.
 
     Raises:
         TrainingError, DataError: as :class:`~farmer_examples.loop.Loop`.
-        ConfigError: if the model's flow cannot be distilled, or its images are not those of the configuration.
+        ConfigError: if the model's flow cannot be distilled, or the images are not such as it was made for.
+        OSError: if the model cannot be read.
     """
-    model = Farmer.from_pretrained(model_folder)
-    if not isinstance(model.flow, AutoregressiveFlow):
-        raise ConfigError(f"a {type(model.flow).__name__} is not distilled: its inverse is no sequence of steps")
-    if (config.data.image_size, config.data.channels) != (model.image_size, model.channels):
-        raise ConfigError(f"the model's images are not of the size or channels of {config.data.source} as configured")
-    distilling = Distilling(config, run, model, resume=resume)
-    course = distilling.train()
-    if distilling.accelerator.is_main_process:
-        student = load_student(find_model(run), model.flow)
-        save_student(student, model.flow, model_folder)
-    return course
+    return Distilling(config, run, folder, resume=resume).train()
 
 
 class Lesson(nn.Module):
-    """The student and its loss in one module, as processes that train together need it.
+    """The student and its loss in one module, as processes that train together need it."""
 
-    Args:
-        student: the module to train.
-        model: whose flow is the teacher; neither trained nor saved.
-    """
-
-    def __init__(self, student: OneStepInverse, model: Farmer) -> None:
+    def __init__(self, student: OneStepInverse) -> None:
         super().__init__()
         self.student = student
-        self._model = [model]  # in a list, it is no part of this module
 
-    def forward(self, x: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor, model: Farmer, **settings: Any) -> Tensor:
         """Return the loss, its error of the data in pixels; see :func:`farmer_distill.distillation_loss`."""
-        (model,) = self._model
         return distillation_loss(self.student, model.flow, x, labels, decode=model.detokenise, **settings)
 
 
@@ -80,45 +65,56 @@ class Distilling(Loop):
     Args:
         config: as in :class:`~farmer_examples.loop.Loop`.
         run: as there.
-        model: the teacher; it is not changed.
+        folder: of the model; its weights are not changed.
         resume: as there.
     """
 
     section = "distillation"
 
-    def __init__(self, config: Config, run: Path, model: Farmer, *, resume: bool) -> None:
-        self.model = model.eval().requires_grad_(False)
-        for saved in checkpoints(run)[-1:]:
-            if resume and _taught_by(saved.model / STUDENT) != fingerprint(model.flow):
-                raise TrainingError(f"{run} distils another model than this: choose another --output, or remove it")
+    def __init__(self, config: Config, run: Path, folder: Path, *, resume: bool) -> None:
+        self.folder, self.model = folder, Farmer.load(folder).eval().requires_grad_(False)
+        if not isinstance(self.model.flow, AutoregressiveFlow):
+            raise ConfigError(f"a {type(self.model.flow).__name__} has no sequential inverse to distil")
+        for saved in checkpoints(run)[-1:] if resume else []:
+            try:
+                taught_by = _metadata(saved.model / STUDENT).get("flow")
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(f"{saved.path} is no sound checkpoint of a distillation: {error}") from error
+            if taught_by != fingerprint(self.model.flow):
+                raise TrainingError(f"{run} distils another model than {folder}: choose another --output, or remove it")
         super().__init__(config, run, resume=resume)
-        examined = self.settings.evaluation_latents
-        drawn, self.labels = self._drawn(examined + self.settings.prior_images)
-        self.pool, self.pool_labels = drawn[examined:], self.labels[examined:]
-        self.labels = self.labels[:examined].to(self.model.device)
-        with torch.no_grad():
-            self.states = self.model.flow.trajectory(drawn[:examined].to(self.model.device), self.labels)
 
     def build(self) -> Lesson:
         """Return a student that starts from the flow's own blocks."""
+        self.config.data.check(self.model, self.data.class_names)
         self.model.to(self.accelerator.device)
-        return Lesson(OneStepInverse.from_flow(self.model.flow), self.model)
+        return Lesson(OneStepInverse.from_flow(self.model.flow))
+
+    @cached_property
+    def pool(self) -> tuple[Tensor, Tensor]:
+        """The images of the model itself to learn from: tokens and labels, see :meth:`_drawn`."""
+        return self._drawn(self.settings.prior_images, SEEDS + self.settings.seed)
+
+    @cached_property
+    def examined(self) -> tuple[Tensor, Tensor]:
+        """The images that the student is scored on."""
+        return self._drawn(self.settings.evaluation_latents, 2 * SEEDS + self.settings.seed)
 
     @torch.no_grad()
-    def _drawn(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the tokens, ``(count, length, dim)``, and labels of images drawn from the model, on the CPU."""
-        model, settings = self.model, self.settings
-        labels = model.every_class(count)
-        generator = Generator(model.device).manual_seed(settings.seed)
-        parts = []
-        with tqdm(
-            total=count, desc="drawing from the model", unit="image", disable=not self.accelerator.is_main_process
-        ) as bar:
-            for part in labels.split(DRAWN_AT_ONCE):
-                z = model.prior.sample(part, generator=generator)
-                parts.append(model.flow.inverse(model.permute(z), part).cpu())
+    def _drawn(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Draw images from the model: the flow's tokens of them, ``(count, length, dim)``, and labels, on the CPU."""
+        model, generator = self.model, Generator(self.model.device).manual_seed(seed)
+        labels, parts = model.every_class(count), []
+        silent = not self.accelerator.is_main_process
+        with tqdm(total=count, desc="drawing from the model", unit="image", leave=False, disable=silent) as bar:
+            for part in labels.split(self.settings.drawn_at_once):
+                z = model.permute(model.prior.sample(part, generator=generator))
+                parts.append(model.flow.inverse(z, part).cpu())
                 bar.update(len(part))
-        return torch.cat(parts), labels.cpu()
+        tokens = torch.cat(parts)
+        if not tokens.isfinite().all():
+            raise TrainingError("the model's own samples are not finite: its training has diverged")
+        return tokens, labels.cpu()
 
     def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss on a batch of images, of which a share is drawn from the model instead."""
@@ -126,42 +122,57 @@ class Distilling(Loop):
         dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
         tokens, _ = model.tokenise(model.noised(images, 1.0, generator=generator))
         labels = labels.masked_fill(dropped, -1)
-        if len(self.pool) and settings.prior_share:
-            chosen = torch.randint(len(self.pool), (len(labels),), device=labels.device, generator=generator).cpu()
+        if settings.prior_share:
+            pool, pool_labels = self.pool
+            chosen = torch.randint(len(pool), (len(labels),), device=labels.device, generator=generator).cpu()
             share = torch.rand(len(labels), device=labels.device, generator=generator) < settings.prior_share
-            tokens = torch.where(share[:, None, None], self.pool[chosen].to(tokens.device), tokens)
-            labels = torch.where(share, self.pool_labels[chosen].to(labels.device), labels)
-        loss = self.module(
-            tokens, labels, max_noise=settings.max_noise, data_weight=settings.pixel_weight, generator=generator
-        )
-        return loss, {}
+            tokens = torch.where(share[:, None, None], pool[chosen].to(tokens.device), tokens)
+            labels = torch.where(share, pool_labels[chosen].to(labels.device), labels)
+        course = {"max_noise": settings.max_noise, "data_weight": settings.pixel_weight}
+        return self.module(tokens, labels, model, **course, generator=generator), {}
 
+    @torch.no_grad()
     def evaluate(self, train: float | None) -> dict[str, Any]:
-        """Compare the student's images with the exact ones from the same latents of the prior."""
-        student, step = self.ema.module.student, self.course.step
-        with torch.no_grad():
-            reached = student.trajectory(self.states[-1], self.labels)
-        images, exact = (self.model.detokenise(states[0]).clamp(-1, 1) for states in (reached, self.states))
-        error = (images - exact).square().mean().item()
-        blocks = [(a - b).square().mean().item() for a, b in zip(reached[:-1], self.states[:-1], strict=True)]
-        scores = {"train": train, "held_out": error, "blocks": blocks, "psnr": decibels(error)}
+        """Compare the student's images with the exact ones from the same latents of the prior, in full precision."""
+        step, device = self.course.step, self.accelerator.device
+        errors, images, exact = [], [], []
+        for x, labels in zip(*(part.split(self.settings.drawn_at_once) for part in self.examined), strict=True):
+            states = self.model.flow.trajectory(x.to(device), labels.to(device))
+            reached = self.ema.module.student.trajectory(states[-1], labels.to(device))
+            apart = zip(reached[:-1], states[:-1], strict=True)
+            errors.append(torch.stack([(ours - theirs).square().mean(dim=(1, 2)) for ours, theirs in apart]))
+            images.append(self.model.detokenise(reached[0]).clamp(-1, 1))
+            exact.append(self.model.detokenise(states[0]).clamp(-1, 1))
+        error = (torch.cat(images) - torch.cat(exact)).square().mean().item()
+        scores = {
+            "train": train,
+            "held_out": error,
+            "blocks": torch.cat(errors, dim=1).mean(dim=1).tolist(),
+            "psnr": decibels(error),
+        }
         if not math.isfinite(error):
             return scores
         self.bar.write(f"step {step}: {scores['psnr']:.2f} dB between the student's images and the exact ones")
         self.accelerator.log({"held out/dB": scores["psnr"]}, step=step)
         save_error_curve([*self.course.history, {"step": step, **scores}], self.run / "curves.png")
         if self.settings.samples:
-            shown = [("exact inverse", exact), (f"one step, {scores['psnr']:.1f} dB", images)]
             sheet = []
-            for title, part in shown:
-                pixels = self.model.to_uint8(part[: self.settings.samples]).cpu()
+            for title, shown in [("exact inverse", exact), (f"one step, {scores['psnr']:.1f} dB", images)]:
+                pixels = self.model.to_uint8(torch.cat(shown)[: self.settings.samples]).cpu()
                 sheet.append((title, grid(pixels, columns(len(self.model.class_names)))))
             save_sheet(sheet, self.run / "samples" / f"step-{step:08d}.png")
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write the averaged student."""
-        save_student(self.ema.module.student, self.model.flow, folder)
+        """Write the averaged student, and put it beside the model if it is the best there."""
+        error = self.course.history[-1]["held_out"]
+        save_student(self.ema.module.student, self.model.flow, folder, error)
+        if error <= min(entry["held_out"] for entry in self.course.history):
+            there = student_error(self.folder, self.model.flow)
+            if there is None or error <= there:
+                save_student(self.ema.module.student, self.model.flow, self.folder, error)
+            else:
+                self.bar.write(f"{self.folder / STUDENT} stays: its {decibels(there):.2f} dB are better")
 
     def shown(self, loss: float, figures: dict[str, float]) -> dict[str, str]:
         """Return the loss, and the last score."""
@@ -173,26 +184,26 @@ def decibels(error: float) -> float:
     return 10 * math.log10(4 / error) if error else math.inf
 
 
-def save_student(student: OneStepInverse, flow: nn.Module, folder: Path) -> None:
-    """Put a student beside the model whose flow it inverts; the file appears whole."""
+def save_student(student: OneStepInverse, flow: nn.Module, folder: Path, error: float = math.inf) -> None:
+    """Put a student beside the model whose flow it inverts, with its error; the file appears whole."""
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     with published(folder / STUDENT) as partial:
-        save_file(weights, partial, metadata={"flow": fingerprint(flow)})
+        save_file(weights, partial, metadata={"flow": fingerprint(flow), "error": str(error)})
 
 
-def load_student(folder: Path, flow: AutoregressiveFlow) -> OneStepInverse:
+def load_student(folder: str | Path, flow: AutoregressiveFlow) -> OneStepInverse:
     """Return the student that lies beside a model, on the device of its flow.
 
     Raises:
         FileNotFoundError: if there is none, saying how to make one.
         OSError: if the file is damaged, or holds the inverse of another flow.
     """
-    file = folder / STUDENT
+    file = Path(folder) / STUDENT
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {STUDENT}: make one with farmer distill")
     student = OneStepInverse.from_flow(flow)
     try:
-        if _taught_by(file) != fingerprint(flow):
+        if _metadata(file).get("flow") != fingerprint(flow):
             raise OSError(f"{file} inverts another flow than this model's: distil it anew, or remove the file")
         student.load_state_dict(load_file(file))
     except (RuntimeError, SafetensorError) as error:
@@ -200,9 +211,18 @@ def load_student(folder: Path, flow: AutoregressiveFlow) -> OneStepInverse:
     return student.eval()
 
 
-def _taught_by(file: Path) -> str | None:
+def student_error(folder: Path, flow: nn.Module) -> float | None:
+    """Return the error of a flow's student in a folder, the mean square in pixels; None if there is none of it."""
+    try:
+        metadata = _metadata(folder / STUDENT)
+    except (OSError, SafetensorError):
+        return None
+    return float(metadata.get("error", math.inf)) if metadata.get("flow") == fingerprint(flow) else None
+
+
+def _metadata(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as opened:
-        return (opened.metadata() or {}).get("flow")
+        return opened.metadata() or {}
 
 
 def fingerprint(flow: nn.Module) -> str:

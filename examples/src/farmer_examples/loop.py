@@ -310,8 +310,7 @@ class Loop(ABC):
             return
         course = self.course
         self.ema.module.eval()
-        with self.accelerator.autocast():
-            scores = self.evaluate(train)
+        scores = self.evaluate(train)
         if not math.isfinite(scores["held_out"]):
             raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         course.history.append({"step": course.step, "seconds": course.seconds, **scores})
@@ -341,6 +340,8 @@ class Loop(ABC):
 
     def _show(self, loss: float, figures: dict[str, float], progress: float) -> None:
         settings, course = self.settings, self.course
+        if not self.accelerator.is_main_process:
+            return
         images = settings.batch_size * self.accelerator.num_processes
         if settings.minutes is not None and course.step % 20 == 0:
             self.bar.total = min(settings.steps, round(course.step * settings.minutes * 60 / course.seconds))

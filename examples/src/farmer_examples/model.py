@@ -11,15 +11,13 @@ import torch
 from farmer_ar import LatentPrior
 from farmer_flow import AutoregressiveFlow, Whitening, patchify, unpatchify
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
 
 __all__ = ["BitsPerDim", "Density", "Farmer", "Inverse", "TrainingNoise", "UnknownClassError"]
 
 Inverse = str | Sequence[str] | Callable[[Tensor, Tensor | None], Tensor]
 """How latents become data: a method of the flow, one for each of its blocks, or a function of latents and labels."""
-
-FEW = 4
-"""How many latents are inverted to find the fastest method."""
 
 COMPONENTS: dict[str, type[nn.Module]] = {
     "AutoregressiveFlow": AutoregressiveFlow,
@@ -393,18 +391,6 @@ class Farmer(
         labels = None if isinstance(labels_or_batch, int) else labels_or_batch.to(self.device)
         return self.decode(z, labels, inverse=inverse)
 
-    @torch.no_grad()
-    def fastest_inverse(self, labels: Tensor) -> list[str]:
-        """Measure which exact method inverts each block of the flow in the least time, for :meth:`sample` to use.
-
-        Args:
-            labels: as of the batches to be drawn, ``(batch,)``; a few of them are drawn.
-        """
-        few = labels[:FEW].to(self.device)
-        z = self.permute(self.prior.sample(few, generator=Generator(self.device).manual_seed(0)))
-        methods: list[str] = self.flow.fastest_inverse(z, few, batch=len(labels))
-        return methods
-
     def every_class(self, count: int) -> Tensor:
         """Return ``(count,)`` labels, all classes by turns; no class where the model has none."""
         labels = torch.arange(count, device=self.device)
@@ -428,6 +414,19 @@ class Farmer(
             return int(text)
         known = ", ".join(self.class_names[:20]) + (", ..." if len(self.class_names) > 20 else "")
         raise UnknownClassError(f"no class {text!r}; known, by name or number: {known or 'no classes at all'}; or none")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Farmer":
+        """Read a model from a folder of its own, as ``from_pretrained`` does.
+
+        Raises:
+            OSError: if it cannot be read, whatever the reason.
+        """
+        try:
+            model: Farmer = cls.from_pretrained(folder)
+        except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            raise OSError(f"the model in {folder} cannot be read: {error}") from error
+        return model
 
     def _tokens(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:

@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The figures at this step; ``held_out`` is in bits per dimension."""
+        """The figures at this step; ``held_out`` is the score, the lower the better."""
         metrics: dict[str, Any] = json.loads((self.path / METRICS).read_text())
         return metrics
 
@@ -82,7 +82,7 @@ def checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def best(run: Path) -> Checkpoint | None:
-    """Return the checkpoint with the lowest held-out bits per dimension."""
+    """Return the checkpoint with the lowest held-out score."""
     return min(checkpoints(run), key=lambda checkpoint: checkpoint.metrics["held_out"], default=None)
 
 

@@ -138,7 +138,8 @@ def sweep(
     if begun is not None and begun["of"] != identity:
         raise SamplingError(f"{output} holds a sweep of {begun['of']}, and this is one of {identity}: name another")
     rows: dict[str, dict[str, Any]] = {} if begun is None else begun["rows"]
-    rows = {name: row for name, row in rows.items() if row.get("student", "") in ("", student)}
+    if student:
+        rows = {name: row for name, row in rows.items() if row.get("student", "") in ("", student)}
     _keep(output, identity, rows)
 
     labels = torch.arange(count) % len(model.class_names)

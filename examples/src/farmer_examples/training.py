@@ -54,14 +54,15 @@ class Training(Loop):
     def evaluate(self, train: float | None) -> dict[str, Any]:
         """Score held-out images in bits per dimension, draw the curves and samples."""
         settings, course, model = self.settings, self.course, self.ema.module
-        scores = evaluate(
-            model,
-            self.held_out,
-            batch_size=settings.batch_size,
-            limit=settings.evaluation_images,
-            draws=settings.evaluation_draws,
-            seed=settings.seed,
-        )
+        with self.accelerator.autocast():
+            scores = evaluate(
+                model,
+                self.held_out,
+                batch_size=settings.batch_size,
+                limit=settings.evaluation_images,
+                draws=settings.evaluation_draws,
+                seed=settings.seed,
+            )
         if not math.isfinite(scores["held_out"]):
             return scores
         unit = "bits/dim" if model.noise.kind == "uniform" else "nats/dim at the training noise"

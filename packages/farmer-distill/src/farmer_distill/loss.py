@@ -26,9 +26,9 @@ def distillation_loss(
 ) -> Tensor:
     """Return the mean over blocks of the squared error of the student's states against the teacher's (Algorithm 2).
 
-    The teacher runs forward, once, without gradient; its inverse is never needed. The student starts from the
-    teacher's latents with noise of standard deviation ``s``, one draw of ``s ~ U[0, max_noise]`` a sequence, since it
-    will meet latents that no data has, and goes on from its own states.
+    The teacher runs forward, once, without gradient and in the precision in force; its inverse is never needed. The
+    student starts from the teacher's latents with noise of standard deviation ``s``, one draw of
+    ``s ~ U[0, max_noise]`` a sequence, since it will meet latents that no data has, and goes on from its own states.
 
     Beyond the paper, whose loss the defaults are, the error of the data itself may weigh more than those on the way,
     and be measured in other units than the flow's, such as pixels.
@@ -44,7 +44,7 @@ def distillation_loss(
         generator: of the noise, on the device of ``x``.
 
     Returns:
-        A scalar, float32 whatever the autocast.
+        A scalar, float32 whatever the autocast, or float64 for float64 tokens.
 
     Raises:
         ValueError: if tokens or labels have the wrong shape, a label is out of range, ``max_noise`` or ``data_weight``

@@ -6,8 +6,7 @@ import copy
 from typing import cast
 
 import torch
-from farmer_flow import AutoregressiveFlow
-from farmer_flow.flow import AutoregressiveBlock, checked
+from farmer_flow import AutoregressiveBlock, AutoregressiveFlow, check_tokens
 from torch import Tensor, nn
 
 __all__ = ["OneStepInverse"]
@@ -77,7 +76,7 @@ class OneStepInverse(nn.Module):
 
         Arguments and errors are those of :meth:`forward`.
         """
-        states = [checked(z, labels, self.length, self.dim, self.classes)]
+        states = [check_tokens(z, labels, self.length, self.dim, self.classes)]
         for block in reversed(self.blocks):
             states.append(_undone(cast(AutoregressiveBlock, block), states[-1], labels))
         return states[::-1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from farmer_flow.inversion import (
+    FEW,
     METHODS,
     BlockInversion,
     Inversion,
@@ -20,13 +21,10 @@ from farmer_flow.inversion import (
 )
 from farmer_flow.transformer import KVCache, Transformer
 
-__all__ = ["AutoregressiveFlow"]
+__all__ = ["AutoregressiveBlock", "AutoregressiveFlow", "check_tokens"]
 
 LOG_SCALE_BOUND = 8.0
 """No scale leaves ``exp(-8)..exp(8)``."""
-
-FEW = 4
-"""How many latents of a batch ``method="auto"`` measures."""
 
 
 class AutoregressiveBlock(nn.Module):
@@ -121,17 +119,23 @@ class AutoregressiveBlock(nn.Module):
         cache = self.transformer.new_cache(len(z), length - 1) if segment < length - 1 else None
         for start in range(1, length, segment):
             part = slice(start, start + segment)
-            x[:, part], taken, diverged = self._settle(x[:, start - 1 : start], z[:, part], condition, cache, tolerance)
+            x[:, part], taken, diverged = self._settle(
+                x[:, start - 1 : start], z[:, part], condition, cache, ~fell_back, tolerance
+            )
             iterations += taken
             fell_back |= diverged
-            if fell_back.all():
-                break
         if fell_back.any():
             x[fell_back] = self._sequential(z[fell_back], None if condition is None else condition[fell_back])
         return x, iterations, fell_back
 
     def _settle(
-        self, before: Tensor, z: Tensor, condition: Tensor | None, cache: KVCache | None, tolerance: float
+        self,
+        before: Tensor,
+        z: Tensor,
+        condition: Tensor | None,
+        cache: KVCache | None,
+        live: Tensor,
+        tolerance: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Iterate a segment after the token ``before`` to its fixed point, and advance the cache past it."""
         start = 0 if cache is None else cache.position
@@ -142,7 +146,7 @@ class AutoregressiveBlock(nn.Module):
             shifted = torch.cat([before[rows], x[:, :-1]], dim=1)
             return self.undo(shifted, z[rows], None if condition is None else condition[rows], cache)
 
-        return fixed_point(step, z, tolerance=tolerance, part=cache is None)
+        return fixed_point(step, z, live, tolerance=tolerance, drop_settled=cache is None)
 
     def undo(self, before: Tensor, z: Tensor, condition: Tensor | None, cache: KVCache | None = None) -> Tensor:
         """Return the tokens whose latents are ``z``, given the token before each (Eq. 9).
@@ -288,7 +292,7 @@ class AutoregressiveFlow(nn.Module):
     ) -> Tensor:
         """Map latents to data.
 
-        Every method finds the same ``x``:
+        Every method solves each block's equation, the sequential one to rounding and the others to the tolerance:
 
         - ``"sequential"``: one token after another, ``length - 1`` passes over one token a block (Eq. 9).
         - ``"jacobi"``: all tokens at once, again and again until they no longer change. After ``k`` iterations the
@@ -303,21 +307,24 @@ class AutoregressiveFlow(nn.Module):
         :meth:`inversion` tells.
 
         The sequential inverse is differentiable; wrap the call in ``torch.no_grad()`` or ``torch.inference_mode()``
-        where gradients are not needed, and it overwrites its cache instead of copying it. Nothing is
-        differentiated through the iterations of the others.
+        where gradients are not needed, and it overwrites its cache instead of copying it. The others are not
+        differentiable, and take no gradient to the flow's parameters.
 
         Args:
             z: ``(batch, length, dim)``.
             labels: as in :meth:`forward`.
             method: see above.
             tolerance: a block's iteration ends when ``|new - old| <= tolerance (1 + |new|)`` for every number of a
-                sample.
+                sample, and the change does not grow. How far ``x`` is then from the sequential inverse depends on how
+                much the blocks amplify: for contracting ones it is of the tolerance's size. Under reduced precision
+                rounding may keep the changes above a small tolerance, and samples then fall back.
 
         Returns:
             ``x``, shaped as ``z``.
 
         Raises:
-            ValueError: as :meth:`forward`, or if the method is unknown or the tolerance is not positive.
+            ValueError: as :meth:`forward`, if the method is unknown or the tolerance is not positive, or if gradients
+                to ``z`` are wanted of another method than the sequential.
         """
         return self.inversion(z, labels, method=method, tolerance=tolerance).x
 
@@ -336,6 +343,8 @@ class AutoregressiveFlow(nn.Module):
         x = self._checked(z, labels)
         reports = []
         methods = self._methods(method, x, labels, tolerance)
+        if set(methods) != {"sequential"} and torch.is_grad_enabled() and z.requires_grad:
+            raise ValueError("only the sequential inverse is differentiable: take it, or detach the latents")
         for block, chosen in zip(reversed(self.blocks), reversed(methods), strict=True):
             x, report = cast(AutoregressiveBlock, block).inversion(x, labels, chosen, tolerance=tolerance)
             reports.append(report)
@@ -389,10 +398,10 @@ class AutoregressiveFlow(nn.Module):
         return states
 
     def _checked(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        return checked(tokens, labels, self.length, self.dim, self.classes)
+        return check_tokens(tokens, labels, self.length, self.dim, self.classes)
 
 
-def checked(tokens: Tensor, labels: Tensor | None, length: int, dim: int, classes: int) -> Tensor:
+def check_tokens(tokens: Tensor, labels: Tensor | None, length: int, dim: int, classes: int) -> Tensor:
     """Return the tokens in at least float32, or say what is wrong with them or the labels."""
     if tokens.ndim != 3 or tokens.shape[1:] != (length, dim):
         raise ValueError(f"tokens must be (batch, length={length}, dim={dim}), got {tuple(tokens.shape)}")
