@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 from farmer_distill import OneStepInverse
 from farmer_examples import Farmer, judge
 from farmer_examples.__main__ import main
-from farmer_examples.distillation import STUDENT, decibels, load_student, save_student
+from farmer_examples.config import load_config
+from farmer_examples.distillation import STUDENT, Distilling, decibels, load_student, save_student
 from farmer_examples.storage import checkpoints, find_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -79,6 +80,17 @@ def test_the_student_comes_nearer_to_the_exact_inverse_and_lies_beside_the_model
     assert last["psnr"] > first["psnr"]
     assert last["psnr"] == pytest.approx(decibels(last["held_out"]))
     assert len(last["blocks"]) == 2
+
+
+def test_the_student_is_scored_on_other_latents_than_it_learns_from(run, tmp_path):
+    settings = ["distillation.prior_images=50", "distillation.evaluation_latents=50"]
+    distilling = Distilling(load_config(run / "config.yaml", settings), tmp_path, find_model(run), resume=False)
+    scored, learnt = distilling.examined[0], distilling.pool[0]
+    model = distilling.model
+    latents = model.prior.sample(model.every_class(50), generator=torch.Generator().manual_seed(0))
+    sampled = model.flow.inverse(model.permute(latents), model.every_class(50))
+    for first, second in [(scored, learnt), (scored, sampled), (learnt, sampled)]:
+        assert not torch.isclose(first, second).all(dim=2).all(dim=1).any()
 
 
 def test_distilling_leaves_all_it_promises(run):

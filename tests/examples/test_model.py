@@ -74,8 +74,8 @@ def test_the_prior_reads_against_the_last_block(blocks, flips):
     """Odd numbers of blocks end in raster order, which the prior must then reverse."""
     model = make(blocks)
     tokens = torch.arange(4.0).reshape(1, 4, 1).expand(1, 4, 4)
-    assert torch.equal(model._permuted(tokens), tokens.flip(1) if flips else tokens)
-    assert torch.equal(make(blocks, final_permute=False)._permuted(tokens), tokens)
+    assert torch.equal(model.permute(tokens), tokens.flip(1) if flips else tokens)
+    assert torch.equal(make(blocks, final_permute=False).permute(tokens), tokens)
 
 
 @pytest.mark.parametrize("blocks", [2, 3])

@@ -26,9 +26,6 @@ __all__ = ["STUDENT", "Distilling", "decibels", "distill", "load_student", "save
 
 STUDENT = "student.safetensors"
 
-SEEDS = 2**32
-"""Where the seeds begin of latents to learn from, beyond any that samples are drawn with."""
-
 
 def distill(config: Config, folder: Path, run: Path, *, resume: bool = False) -> Course:
     """Teach a student the inverse of a model's flow, and put it beside the model as soon as it is the best so far.
@@ -93,17 +90,23 @@ class Distilling(Loop):
     @cached_property
     def pool(self) -> tuple[Tensor, Tensor]:
         """The images of the model itself to learn from: tokens and labels, see :meth:`_drawn`."""
-        return self._drawn(self.settings.prior_images, SEEDS + self.settings.seed)
+        return self._drawn(self.settings.prior_images, "to learn from")
 
     @cached_property
     def examined(self) -> tuple[Tensor, Tensor]:
         """The images that the student is scored on."""
-        return self._drawn(self.settings.evaluation_latents, 2 * SEEDS + self.settings.seed)
+        return self._drawn(self.settings.evaluation_latents, "to be scored on")
 
     @torch.no_grad()
-    def _drawn(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw images from the model: the flow's tokens of them, ``(count, length, dim)``, and labels, on the CPU."""
-        model, generator = self.model, Generator(self.model.device).manual_seed(seed)
+    def _drawn(self, count: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """Draw images from the model: the flow's tokens of them, ``(count, length, dim)``, and labels, on the CPU.
+
+        Each purpose has random numbers of its own, and none has those of samples drawn with the same seed.
+        """
+        seed = hashlib.sha256(f"{self.settings.seed} {purpose}".encode()).digest()
+        # 4 bytes, because generators on the CPU take no more of a seed
+        generator = Generator(self.model.device).manual_seed(int.from_bytes(seed[:4], "big"))
+        model = self.model
         labels, parts = model.every_class(count), []
         silent = not self.accelerator.is_main_process
         with tqdm(total=count, desc="drawing from the model", unit="image", leave=False, disable=silent) as bar:

@@ -49,13 +49,18 @@ class KVCache:
 class Linear(nn.Linear):
     """A linear map whose weight comes first in the product where a few rows meet a large weight on the CPU.
 
-    That is decoding. ``W x^T`` is ``(x W^T)^T``, but the BLAS of torch's x86 builds takes half the time for it.
+    That is decoding. ``W x^T`` is ``(x W^T)^T``, but the BLAS of torch's x86 builds takes half the time for it. A
+    single row meets a weight of any size as a vector.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(*batch, in_features)`` to ``(*batch, out_features)``."""
-        few = 1 < x.numel() // self.in_features <= FEW_ROWS and self.weight.numel() >= LARGE_WEIGHT
-        if not few or not x.is_cpu or torch.is_grad_enabled():
+        rows = x.numel() // self.in_features
+        if not 1 <= rows <= FEW_ROWS or not x.is_cpu or torch.is_grad_enabled():
+            return super().forward(x)
+        if rows == 1 and not torch.is_autocast_enabled("cpu"):  # which would leave it in float32
+            return torch.addmv(self.bias, self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        if self.weight.numel() < LARGE_WEIGHT:
             return super().forward(x)
         product = torch.addmm(self.bias.unsqueeze(1), self.weight, x.reshape(-1, self.in_features).T)
         return product.T.reshape(*x.shape[:-1], self.out_features)
