@@ -338,12 +338,10 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.data is None and not (options.checkpoint / CONFIG).is_file():
         raise ConfigError(f"{options.checkpoint} is not a run: name its training's configuration with --data")
     data = load_config(options.data or options.checkpoint / CONFIG).data
-    if (data.image_size, data.channels) != (model.image_size, model.channels):
-        raise ConfigError(f"the model's images are not of the size or channels of {data.source} as configured")
+    data.check_size(model)
     inverses = {name: inverse_of(name, folder, model, options.tolerance) for name in options.inverse}
     train, held_out = data.load("train"), data.load("test")
-    if list(train.class_names) != model.class_names:
-        raise ConfigError(f"the classes of {data.source} are not the model's: name its training's data with --data")
+    data.check_classes(model, train.class_names)
     rows = sweep(
         model,
         settings,

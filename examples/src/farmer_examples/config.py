@@ -51,10 +51,13 @@ class Data(Section):
         """Return the images of a split; see :func:`~farmer_examples.data.load_images`."""
         return load_images(split=split, **self.model_dump(exclude={"grey_levels", "flip"}))
 
-    def check(self, model: Farmer, class_names: Sequence[str]) -> None:
-        """Raise ConfigError unless these images, of these classes, are such as a model was made for."""
+    def check_size(self, model: Farmer) -> None:
+        """Raise ConfigError unless these images are of the size and channels that a model was made for."""
         if (self.image_size, self.channels) != (model.image_size, model.channels):
             raise ConfigError(f"the model's images are not of the size or channels of {self.source} as configured")
+
+    def check_classes(self, model: Farmer, class_names: Sequence[str]) -> None:
+        """Raise ConfigError unless these classes, as loaded, are those that a model was made for."""
         if list(class_names) != model.class_names:
             raise ConfigError(f"the classes of {self.source} are not the model's: name its training's configuration")
 
@@ -132,6 +135,8 @@ class Schedule(Section):
     weight_decay: float = Field(default=0.03, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    """The share of images that are learnt without their class."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of matrix products; ``auto`` is bf16 where the hardware computes in it, else fp32."""
     workers: int = Field(default=0, ge=0)
@@ -154,7 +159,6 @@ class Schedule(Section):
 class Training(Schedule):
     """The course of the maximum-likelihood training."""
 
-    label_dropout: float = Field(default=0.1, ge=0, le=1)
     noise: Noise = Noise()
     evaluation_images: int | None = Field(default=None, ge=1)
     """How many held-out images to evaluate on; all of them if left out."""
@@ -174,7 +178,6 @@ class Distillation(Schedule):
     """How many images of the model itself to learn from, drawn before the first step."""
     prior_share: float = Field(default=0.5, ge=0, le=1)
     """The share of each batch that they make up; the rest are real images."""
-    label_dropout: float = Field(default=0.1, ge=0, le=1)
     evaluation_latents: int = Field(default=256, ge=1)
     """How many further latents of the prior the student is scored on."""
     drawn_at_once: int = Field(default=256, ge=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from sklearn.svm import SVC
 
 from farmer_examples.config import ConfigError, load_config
@@ -37,7 +36,7 @@ def demo(output: Path, name: str = "digits", overrides: list[str] | None = None)
     model = Farmer.from_pretrained(find_model(output)).eval()
     real, held_out = config.data.load("train"), config.data.load("test")
 
-    labels = torch.arange(500) % len(model.class_names)
+    labels = model.every_class(500)
     classifier = SVC(gamma="scale").fit(*_pixels(real))
     accuracy = classifier.score(*_pixels(held_out))
     sheet, consistency = [], []

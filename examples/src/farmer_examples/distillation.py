@@ -72,6 +72,7 @@ class Distilling(Loop):
         self.folder, self.model = folder, Farmer.load(folder).eval().requires_grad_(False)
         if not isinstance(self.model.flow, AutoregressiveFlow):
             raise ConfigError(f"a {type(self.model.flow).__name__} has no sequential inverse to distil")
+        config.data.check_size(self.model)
         for saved in checkpoints(run)[-1:] if resume else []:
             try:
                 taught_by = _metadata(saved.model / STUDENT).get("flow")
@@ -83,7 +84,7 @@ class Distilling(Loop):
 
     def build(self) -> Lesson:
         """Return a student that starts from the flow's own blocks."""
-        self.config.data.check(self.model, self.data.class_names)
+        self.config.data.check_classes(self.model, self.data.class_names)
         self.model.to(self.accelerator.device)
         return Lesson(OneStepInverse.from_flow(self.model.flow))
 
@@ -122,9 +123,7 @@ class Distilling(Loop):
     def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss on a batch of images, of which a share is drawn from the model instead."""
         model, settings, generator = self.model, self.settings, self.generator
-        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
         tokens, _ = model.tokenise(model.noised(images, 1.0, generator=generator))
-        labels = labels.masked_fill(dropped, -1)
         if settings.prior_share:
             pool, pool_labels = self.pool
             chosen = torch.randint(len(pool), (len(labels),), device=labels.device, generator=generator).cpu()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from farmer_flow import AutoregressiveFlow, Inversion
-from farmer_flow.inversion import METHODS
+from farmer_flow import AutoregressiveFlow, BlockInversion
+from farmer_flow.inversion import METHODS, Method
 from torch import Tensor
 
 from farmer_examples.distillation import load_student
@@ -27,20 +27,21 @@ class ExactInverse:
     """
 
     def __init__(self, flow: AutoregressiveFlow, method: str, tolerance: float) -> None:
-        self.flow, self.method, self.tolerance = flow, method, tolerance
-        self.inversions: list[Inversion] = []
+        self.flow, self.tolerance = flow, tolerance
+        self.method: str | list[Method] = method
+        self.reports: list[list[BlockInversion]] = []
 
     def __call__(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map latents to data, both ``(batch, length, dim)``."""
-        method = self.inversions[0].methods if self.inversions else self.method
-        found = self.flow.inversion(z, labels, method=method, tolerance=self.tolerance)
-        self.inversions.append(found._replace(x=z[:0]))  # what it took, not what was found
+        found = self.flow.inversion(z, labels, method=self.method, tolerance=self.tolerance)
+        self.method = found.methods
+        self.reports.append(found.blocks)
         return found.x
 
     def report(self) -> str:
         """Return a line for each block: its method, the iterations of all samples so far, and how many fell back."""
         lines = []
-        for index, blocks in enumerate(zip(*(inversion.blocks for inversion in self.inversions), strict=True)):
+        for index, blocks in enumerate(zip(*self.reports, strict=True)):
             iterations = torch.cat([block.iterations for block in blocks])
             fell_back = int(torch.cat([block.fell_back for block in blocks]).sum())
             lines.append(

@@ -186,7 +186,8 @@ class Loop(ABC):
     def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of uint8 images after a share of the course, and further figures for the logs.
 
-        Random numbers come from ``self.generator``, which is reseeded at every batch.
+        Some of the labels are dropped already. Random numbers come from ``self.generator``, which is reseeded at every
+        batch.
         """
 
     @abstractmethod
@@ -267,6 +268,8 @@ class Loop(ABC):
         if self.config.data.flip:
             mirrored = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
             images = torch.where(mirrored, images.flip(-1), images)
+        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
+        labels = labels.masked_fill(dropped, -1)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(progress)
         with accelerator.accumulate(self.module), short_attention(accelerator.device, self.config.length):

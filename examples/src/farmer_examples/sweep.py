@@ -38,8 +38,8 @@ COLUMNS = [
     *Quality._fields,
     "log_likelihood",
     *EFFORT,
+    "seconds",
 ]
-COLUMNS += ["seconds"]
 
 GRID = 10
 """Images in a row of a picture; the contact sheet shows two rows of each setting."""
@@ -142,7 +142,7 @@ def sweep(
         rows = {name: row for name, row in rows.items() if row.get("student", "") in ("", student)}
     _keep(output, identity, rows)
 
-    labels = torch.arange(count) % len(model.class_names)
+    labels = model.every_class(count).cpu()
     real_features, _ = judge.look(train.__getitems__(train.spread(REAL))[0])
     if HELD_OUT not in rows:
         images, asked = held_out.__getitems__(held_out.spread(count))

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
 from farmer_examples.config import Config
@@ -45,9 +44,7 @@ class Training(Loop):
     def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the negative log-density of noised images in nats per dimension (Eq. 14)."""
         model: Farmer = self.accelerator.unwrap_model(self.module)
-        dropped = torch.rand(len(labels), device=labels.device, generator=self.generator) < self.settings.label_dropout
-        noised = model.noised(images, progress, generator=self.generator)
-        density = self.module(noised, labels.masked_fill(dropped, -1))
+        density = self.module(model.noised(images, progress, generator=self.generator), labels)
         loss = -density.log_prob.mean() / model.dimensions
         return loss, {"logdet": density.logdet.mean().item() / model.dimensions}
 
