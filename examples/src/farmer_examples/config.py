@@ -172,8 +172,8 @@ class Distillation(Schedule):
     batch_size: int = Field(default=64, ge=1)
     max_noise: float = Field(default=0.1, ge=0)
     """The largest standard deviation of the noise on the latents of images; the paper has 0.3."""
-    pixel_weight: float = Field(default=600.0, ge=0)
-    """Factor on the error of the student's image, in pixels, against the errors of the states on the way."""
+    pixel_weight: float = Field(default=150.0, ge=0)
+    """Factor on the error of the student's image, in pixels, which is added to the mean error of the blocks' states."""
     prior_images: int = Field(default=4096, ge=1)
     """How many images of the model itself to learn from, drawn before the first step."""
     prior_share: float = Field(default=0.5, ge=0, le=1)

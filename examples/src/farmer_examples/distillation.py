@@ -52,7 +52,7 @@ class Lesson(nn.Module):
         self.student = student
 
     def forward(self, x: Tensor, labels: Tensor, model: Farmer, **settings: Any) -> Tensor:
-        """Return the loss, its error of the data in pixels; see :func:`farmer_distill.distillation_loss`."""
+        """Return the loss, whose last term is in pixels; see :func:`farmer_distill.distillation_loss`."""
         return distillation_loss(self.student, model.flow, x, labels, decode=model.detokenise, **settings)
 
 

@@ -20,7 +20,7 @@ def distillation_loss(
     labels: Tensor | None = None,
     *,
     max_noise: float = 0.3,
-    data_weight: float = 1.0,
+    data_weight: float = 0.0,
     decode: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
@@ -30,8 +30,8 @@ def distillation_loss(
     student starts from the teacher's latents with noise of standard deviation ``s``, one draw of
     ``s ~ U[0, max_noise]`` a sequence, since it will meet latents that no data has, and goes on from its own states.
 
-    Beyond the paper, whose loss the defaults are, the error of the data itself may weigh more than those on the way,
-    and be measured in other units than the flow's, such as pixels.
+    Beyond the paper, whose loss the defaults are, a last term may be added: the error of the data in units of its own,
+    such as pixels.
 
     Args:
         student: whose parameters get gradients.
@@ -39,8 +39,8 @@ def distillation_loss(
         x: ``(batch, length, dim)``: data, or what the teacher's inverse makes of latents from a prior.
         labels: ``(batch,)`` int64, negative for no class; None for no class at all.
         max_noise: the largest standard deviation of the noise on the latents.
-        data_weight: factor on the error of the data, ``Z^0``.
-        decode: a differentiable map of ``(batch, length, dim)`` after which the error of the data is measured.
+        data_weight: factor on the mean squared error of the data after ``decode``.
+        decode: a differentiable map of ``(batch, length, dim)``; None for the data as it is.
         generator: of the noise, on the device of ``x``.
 
     Returns:
@@ -52,8 +52,12 @@ def distillation_loss(
     """
     if not data_weight >= 0:
         raise ValueError(f"data_weight must be at least 0, got {data_weight}")
-    errors = block_errors(student, teacher, x, labels, max_noise=max_noise, decode=decode, generator=generator)
-    return (data_weight * errors[0] + errors[1:].sum()) / len(errors)
+    reached, states = _trajectories(student, teacher, x, labels, max_noise, generator)
+    loss = _errors(reached, states).mean()
+    if data_weight:
+        ours, theirs = (reached[0], states[0]) if decode is None else (decode(reached[0]), decode(states[0]))
+        loss = loss + data_weight * (ours - theirs).square().mean()
+    return loss
 
 
 def block_errors(
@@ -63,14 +67,25 @@ def block_errors(
     labels: Tensor | None = None,
     *,
     max_noise: float = 0.3,
-    decode: Callable[[Tensor], Tensor] | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Return the terms of :func:`distillation_loss`, ``(blocks,)``: the mean squared error of each block's output.
+    """Return what :func:`distillation_loss` is the mean of, ``(blocks,)``: the squared error of each block's output.
 
     Term ``t`` is that of ``Z^t``, so that the first is the error of the data itself. Arguments and errors are those of
     :func:`distillation_loss`.
     """
+    return _errors(*_trajectories(student, teacher, x, labels, max_noise, generator))
+
+
+def _trajectories(
+    student: OneStepInverse,
+    teacher: AutoregressiveFlow,
+    x: Tensor,
+    labels: Tensor | None,
+    max_noise: float,
+    generator: Generator | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the student's states and the teacher's, ``[Z^0, ..., Z^n]`` each."""
     if not max_noise >= 0:
         raise ValueError(f"max_noise must be at least 0, got {max_noise}")
     if len(student.blocks) != len(teacher.blocks):
@@ -80,8 +95,9 @@ def block_errors(
         z = states[-1]
         deviation = max_noise * torch.rand(len(z), 1, 1, dtype=z.dtype, device=z.device, generator=generator)
         noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-    reached = student.trajectory(z + deviation * noise, labels)
-    if decode is not None:
-        states[0], reached[0] = decode(states[0]), decode(reached[0])
+    return student.trajectory(z + deviation * noise, labels), states
+
+
+def _errors(reached: list[Tensor], states: list[Tensor]) -> Tensor:
     pairs = zip(reached[:-1], states[:-1], strict=True)
     return torch.stack([(ours - theirs).square().mean() for ours, theirs in pairs])

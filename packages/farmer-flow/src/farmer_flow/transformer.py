@@ -56,7 +56,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(*batch, in_features)`` to ``(*batch, out_features)``."""
         rows = x.numel() // self.in_features
-        if not 1 <= rows <= FEW_ROWS or not x.is_cpu or torch.is_grad_enabled():
+        # torch.compile has products of its own
+        if not 1 <= rows <= FEW_ROWS or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         if rows == 1 and not torch.is_autocast_enabled("cpu"):  # which would leave it in float32
             return torch.addmv(self.bias, self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
