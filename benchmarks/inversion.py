@@ -1,10 +1,14 @@
 """Every inverse of a flow against the sequential one, and that against decoding that concatenates its cache.
 
+The cache is concatenated in the two ways that are common: "joined", where the step's keys and values are joined to one
+tensor of all before them, and "listed", where a list of those of every token is joined anew, as in TarFlow's code.
+
 The weights are random unless a trained model is named: what an iteration costs does not depend on them, but how many
 iterations a block needs does. A * marks the iterations of a block that fell back.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -17,23 +21,26 @@ from farmer_flow import AutoregressiveFlow
 from measure import machine, median_seconds
 from torch import nn
 
-FORMS = ["forward", "sequential", "concatenated", "jacobi", "gauss-seidel-jacobi", "auto", "one-step", "prior"]
+FORMS = ["forward", "sequential", "joined", "listed", "jacobi", "gauss-seidel-jacobi", "auto", "one-step", "prior"]
 
 
-def concatenated(flow, z):
-    """The sequential inverse as it is commonly written: each step's keys and values are joined to all before them."""
+def concatenated(flow, z, *, listed=False):
+    """The sequential inverse with a cache that grows, in either way."""
     for block in reversed(flow.blocks):
         z = z.flip(1) if block.reverse else z
-        x, keys, values = [z[:, :1]], {}, {}
+        x, keys, values = [z[:, :1]], defaultdict(list), defaultdict(list)
         for i in range(1, z.shape[1]):
             hidden = F.linear(x[-1], block.embed.weight, block.embed.bias) + block.position[i - 1]
             for layer in block.transformer.layers:
                 attention, mlp = layer.attention, layer.mlp
                 qkv = F.linear(layer.attention_norm(hidden), attention.qkv.weight, attention.qkv.bias)
                 q, k, v = qkv.view(len(z), 1, 3, -1, attention.head_dim).permute(2, 0, 3, 1, 4)
-                keys[layer] = torch.cat([keys[layer], k], dim=2) if layer in keys else k
-                values[layer] = torch.cat([values[layer], v], dim=2) if layer in values else v
-                attended = F.scaled_dot_product_attention(q, keys[layer], values[layer]).transpose(1, 2).flatten(2)
+                keys[layer].append(k)
+                values[layer].append(v)
+                k, v = torch.cat(keys[layer], dim=2), torch.cat(values[layer], dim=2)
+                if not listed:
+                    keys[layer], values[layer] = [k], [v]
+                attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
                 hidden = hidden + F.linear(attended, attention.out.weight, attention.out.bias)
                 inner = F.gelu(F.linear(layer.mlp_norm(hidden), mlp[0].weight, mlp[0].bias))
                 hidden = hidden + F.linear(inner, mlp[2].weight, mlp[2].bias)
@@ -70,7 +77,8 @@ def compare(flow, prior, z, options, device):
     forms = {
         "forward": lambda: flow(z),
         "sequential": lambda: flow.inverse(z),
-        "concatenated": lambda: concatenated(flow, z),
+        "joined": lambda: concatenated(flow, z),
+        "listed": lambda: concatenated(flow, z, listed=True),
         "jacobi": lambda: flow.inverse(z, method="jacobi"),
         "gauss-seidel-jacobi": lambda: flow.inverse(z, method="gauss-seidel-jacobi"),
         "auto": lambda: flow.inverse(z, method=methods),
@@ -83,8 +91,8 @@ def compare(flow, prior, z, options, device):
         methods = flow.fastest_inverse(z[:4], batch=len(z))
         print(f"auto: {', '.join(f'{methods.count(name)} {name}' for name in dict.fromkeys(methods))}")
     exact = flow.inverse(z)
-    if "concatenated" in forms:
-        print(f"concatenated: largest difference {(concatenated(flow, z) - exact).abs().max():.1e}")
+    for name in (name for name in ("joined", "listed") if name in forms):
+        print(f"{name}: largest difference {(forms[name]() - exact).abs().max():.1e}")
     for name in (name for name in ("jacobi", "gauss-seidel-jacobi") if name in forms):
         found, blocks = flow.inversion(z, method=name)
         iterations = ", ".join(f"{block.iterations.max()}{'*' * bool(block.fell_back.any())}" for block in blocks)

@@ -207,8 +207,8 @@ def test_only_the_sequential_inverse_is_differentiable(flow):
     assert not flow.inverse(z.detach(), method="jacobi").requires_grad
 
 
-def test_segments_are_an_eighth_of_the_tokens():
-    assert [segment_length(method, 63) for method in METHODS] == [1, 63, 8]
+def test_segments_are_a_quarter_of_the_tokens():
+    assert [segment_length(method, 63) for method in METHODS] == [1, 63, 16]
     assert segment_length("gauss-seidel-jacobi", 3) == 2
 
 

@@ -298,7 +298,7 @@ class AutoregressiveFlow(nn.Module):
         - ``"jacobi"``: all tokens at once, again and again until they no longer change. After ``k`` iterations the
           first ``k + 1`` tokens are exact, so there are ``length - 1`` at most; a well-behaved block needs few.
           Samples that have converged are not computed any further.
-        - ``"gauss-seidel-jacobi"``: an eighth of the tokens at a time in this way, with a cache of those before
+        - ``"gauss-seidel-jacobi"``: a quarter of the tokens at a time in this way, with a cache of those before
           (arXiv 2505.12849).
         - ``"auto"``: the fastest for each block, measured on the first few latents; see :meth:`fastest_inverse`.
         - a method for each of ``flow.blocks``.
