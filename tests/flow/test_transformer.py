@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from farmer_flow import Transformer
-from farmer_flow.transformer import FEW_ROWS, LARGE_WEIGHT, Linear
+from farmer_flow.transformer import FEW_ROWS, LARGE_WEIGHT, VAST_WEIGHT, Linear
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,7 +76,7 @@ def test_compiled_decoding_gives_the_same(transformer):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
-@pytest.mark.parametrize("features", [(8, 16), (128, LARGE_WEIGHT // 128)])
+@pytest.mark.parametrize("features", [(8, 16), (128, LARGE_WEIGHT // 128), (512, VAST_WEIGHT // 512)])
 def test_few_rows_give_what_many_do(rows, features):
     linear = Linear(*features).double()
     x = torch.randn(rows, 1, features[0], dtype=torch.float64)

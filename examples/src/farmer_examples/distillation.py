@@ -88,6 +88,11 @@ class Distilling(Loop):
         self.model.to(self.accelerator.device)
         return Lesson(OneStepInverse.from_flow(self.model.flow))
 
+    def prepare(self) -> None:
+        """Draw the images to learn from."""
+        if self.settings.prior_share:
+            _ = self.pool
+
     @cached_property
     def pool(self) -> tuple[Tensor, Tensor]:
         """The images of the model itself to learn from: tokens and labels, see :meth:`_drawn`."""

@@ -182,6 +182,9 @@ class Loop(ABC):
     def build(self) -> nn.Module:
         """Return the module to train."""
 
+    def prepare(self) -> None:  # noqa: B027  a training has nothing to do here unless it says so
+        """Do what steps need and the clock is not to count."""
+
     @abstractmethod
     def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of uint8 images after a share of the course, and further figures for the logs.
@@ -229,6 +232,7 @@ class Loop(ABC):
         )
         if course.step == 0:
             self._evaluate(train=None)
+        self.prepare()
         started = time.perf_counter() - course.seconds
         losses: list[float] = []
         for epoch in itertools.count(course.epoch):
