@@ -74,14 +74,22 @@ def random_prior(options, tokens):
 @torch.inference_mode()
 def compare(flow, prior, z, options, device):
     student = OneStepInverse.from_flow(flow)
+    images, reports = {}, {}
+
+    def join(name):
+        images[name] = concatenated(flow, z, listed=name == "listed")
+
+    def invert(name, method=None):
+        images[name], reports[name] = flow.inversion(z, method=method or name)
+
     forms = {
         "forward": lambda: flow(z),
-        "sequential": lambda: flow.inverse(z),
-        "joined": lambda: concatenated(flow, z),
-        "listed": lambda: concatenated(flow, z, listed=True),
-        "jacobi": lambda: flow.inverse(z, method="jacobi"),
-        "gauss-seidel-jacobi": lambda: flow.inverse(z, method="gauss-seidel-jacobi"),
-        "auto": lambda: flow.inverse(z, method=methods),
+        "sequential": lambda: invert("sequential"),
+        "joined": lambda: join("joined"),
+        "listed": lambda: join("listed"),
+        "jacobi": lambda: invert("jacobi"),
+        "gauss-seidel-jacobi": lambda: invert("gauss-seidel-jacobi"),
+        "auto": lambda: invert("auto", methods),
         "one-step": lambda: student(z),
         "prior": lambda: prior.sample(len(z)),
     }
@@ -90,14 +98,12 @@ def compare(flow, prior, z, options, device):
     if "auto" in forms:
         methods = flow.fastest_inverse(z[:4], batch=len(z))
         print(f"auto: {', '.join(f'{methods.count(name)} {name}' for name in dict.fromkeys(methods))}")
-    exact = flow.inverse(z)
-    for name in (name for name in ("joined", "listed") if name in forms):
-        print(f"{name}: largest difference {(forms[name]() - exact).abs().max():.1e}")
-    for name in (name for name in ("jacobi", "gauss-seidel-jacobi") if name in forms):
-        found, blocks = flow.inversion(z, method=name)
-        iterations = ", ".join(f"{block.iterations.max()}{'*' * bool(block.fell_back.any())}" for block in blocks)
-        print(f"{name}: largest difference {(found - exact).abs().max():.1e}; iterations {iterations}")
     seconds = median_seconds(forms, options.repeats, device)
+    for name, image in images.items():
+        print(f"{name}: largest difference {(image - images['sequential']).abs().max():.1e}")
+    for name, blocks in reports.items():
+        iterations = ", ".join(f"{block.iterations.max()}{'*' * bool(block.fell_back.any())}" for block in blocks)
+        print(f"{name}: iterations {iterations}")
     for name, taken in seconds.items():
         print(f"{name:20s} {1e3 * taken:10.1f} ms   {seconds['sequential'] / taken:7.2f}x the sequential's speed")
     if {"one-step", "forward"} <= seconds.keys():
