@@ -24,13 +24,14 @@ from torch import nn
 FORMS = ["forward", "sequential", "joined", "listed", "jacobi", "gauss-seidel-jacobi", "auto", "one-step", "prior"]
 
 
-def concatenated(flow, z, *, listed=False):
-    """The sequential inverse with a cache that grows, in either way."""
+def concatenated(flow, z, labels, *, listed=False):
+    """The sequential inverse in plain torch, products included, with a cache that grows in either way."""
     for block in reversed(flow.blocks):
-        z = z.flip(1) if block.reverse else z
+        z, condition = z.flip(1) if block.reverse else z, block.condition(labels, z)
         x, keys, values = [z[:, :1]], defaultdict(list), defaultdict(list)
         for i in range(1, z.shape[1]):
             hidden = F.linear(x[-1], block.embed.weight, block.embed.bias) + block.position[i - 1]
+            hidden = hidden if condition is None else hidden + condition
             for layer in block.transformer.layers:
                 attention, mlp = layer.attention, layer.mlp
                 qkv = F.linear(layer.attention_norm(hidden), attention.qkv.weight, attention.qkv.bias)
@@ -72,31 +73,31 @@ def random_prior(options, tokens):
 
 
 @torch.inference_mode()
-def compare(flow, prior, z, options, device):
+def compare(flow, prior, z, labels, options, device):
     student = OneStepInverse.from_flow(flow)
     images, reports = {}, {}
 
     def join(name):
-        images[name] = concatenated(flow, z, listed=name == "listed")
+        images[name] = concatenated(flow, z, labels, listed=name == "listed")
 
     def invert(name, method=None):
-        images[name], reports[name] = flow.inversion(z, method=method or name)
+        images[name], reports[name] = flow.inversion(z, labels, method=method or name)
 
     forms = {
-        "forward": lambda: flow(z),
+        "forward": lambda: flow(z, labels),
         "sequential": lambda: invert("sequential"),
         "joined": lambda: join("joined"),
         "listed": lambda: join("listed"),
         "jacobi": lambda: invert("jacobi"),
         "gauss-seidel-jacobi": lambda: invert("gauss-seidel-jacobi"),
         "auto": lambda: invert("auto", methods),
-        "one-step": lambda: student(z),
-        "prior": lambda: prior.sample(len(z)),
+        "one-step": lambda: student(z, labels),
+        "prior": lambda: prior.sample(len(z) if labels is None else labels),
     }
     forms = {name: forms[name] for name in options.forms if name != "prior" or prior is not None}
     print(f"\nbatch {len(z)}, {z.shape[1]} tokens")
     if "auto" in forms:
-        methods = flow.fastest_inverse(z[:4], batch=len(z))
+        methods = flow.fastest_inverse(z[:4], None if labels is None else labels[:4], batch=len(z))
         print(f"auto: {', '.join(f'{methods.count(name)} {name}' for name in dict.fromkeys(methods))}")
     seconds = median_seconds(forms, options.repeats, device)
     for name, image in images.items():
@@ -134,8 +135,9 @@ def main():
     if options.checkpoint:
         model = Farmer.from_pretrained(find_model(options.checkpoint)).to(device).eval()
         for batch in options.batch:
-            z = model.permute(model.prior.sample(model.every_class(batch)))
-            compare(model.flow, model.prior, z, options, device)
+            labels = model.every_class(batch)
+            z = model.permute(model.prior.sample(labels))
+            compare(model.flow, model.prior, z, labels, options, device)
         return
     print(f"{options.blocks} blocks of {options.layers} layers, width {options.width}, {options.dim} channels, float32")
     for tokens in options.tokens:
@@ -143,7 +145,7 @@ def main():
         prior = random_prior(options, tokens).to(device).eval() if "prior" in options.forms else None
         for batch in options.batch:
             z = torch.randn(batch, tokens, options.dim, device=device)
-            compare(flow, prior, z, options, device)
+            compare(flow, prior, z, None, options, device)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,17 @@ def test_compiled_decoding_gives_the_same(transformer):
 @pytest.mark.parametrize("rows", [0, 1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("features", [(8, 16), (128, LARGE_WEIGHT // 128), (512, VAST_WEIGHT // 512)])
 def test_few_rows_give_what_many_do(rows, features):
+    """Whatever the weight's strides, and in bfloat16 to its rounding."""
     linear = Linear(*features).double()
     x = torch.randn(rows, 1, features[0], dtype=torch.float64)
     with torch.no_grad():
         drawn = linear(x)
-    assert drawn.shape == (rows, 1, features[1])
-    torch.testing.assert_close(drawn, torch.nn.functional.linear(x, linear.weight, linear.bias))
+        assert drawn.shape == (rows, 1, features[1])
+        torch.testing.assert_close(drawn, torch.nn.functional.linear(x, linear.weight, linear.bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = linear.float()(x.float())
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded.double(), drawn, atol=0.05, rtol=0.05)
+        linear.double()
+        linear.weight.data = linear.weight.data.T.contiguous().T
+        torch.testing.assert_close(linear(x), drawn, atol=1e-6, rtol=1e-6)

@@ -69,10 +69,10 @@ def block_errors(
     max_noise: float = 0.3,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Return what :func:`distillation_loss` is the mean of, ``(blocks,)``: the squared error of each block's output.
+    """Return the terms of the paper's loss, ``(blocks,)``: the mean squared error of each block's output.
 
-    Term ``t`` is that of ``Z^t``, so that the first is the error of the data itself. Arguments and errors are those of
-    :func:`distillation_loss`.
+    Term ``t`` is that of ``Z^t``, so that the first is the error of the data itself. Arguments and errors are as in
+    :func:`distillation_loss`, which takes the mean of these terms.
     """
     return _errors(*_trajectories(student, teacher, x, labels, max_noise, generator))
 

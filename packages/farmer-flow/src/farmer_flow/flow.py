@@ -19,7 +19,7 @@ from farmer_flow.inversion import (
     fixed_point,
     segment_length,
 )
-from farmer_flow.transformer import KVCache, Transformer
+from farmer_flow.transformer import KVCache, Linear, Transformer
 
 __all__ = ["AutoregressiveBlock", "AutoregressiveFlow", "check_tokens"]
 
@@ -61,11 +61,11 @@ class AutoregressiveBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.reverse = reverse
-        self.embed = nn.Linear(dim, width)
+        self.embed = Linear(dim, width)
         self.position = nn.Parameter(torch.randn(length - 1, width) * 0.02)
         self.class_embed = nn.Embedding(classes + 1, width) if classes else None  # the last row: no class
         self.transformer = Transformer(width, layers, head_dim)
-        self.out = nn.Linear(width, 2 * dim)
+        self.out = Linear(width, 2 * dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
