@@ -198,7 +198,8 @@ def test_mistakes_are_explained(run, tmp_path, capsys):
     error = refused(["distill", "--checkpoint", str(run), "--output", str(run), "--resume"], capsys)
     assert "cannot be resumed" in error
     shutil.copytree(run / "distillation", tmp_path / "damaged", symlinks=True)
-    (checkpoints(tmp_path / "damaged")[-1].model / STUDENT).unlink()
+    for checkpoint in checkpoints(tmp_path / "damaged"):
+        (checkpoint.model / STUDENT).unlink()
     resume = ["distill", "--checkpoint", str(run), "--output", str(tmp_path / "damaged"), "--resume"]
     assert "no sound checkpoint of a distillation" in refused(resume, capsys)
     for tolerance in ("0", "-1", "nan", "little"):

@@ -80,5 +80,5 @@ def test_a_removal_killed_midway_leaves_no_checkpoint_that_looks_whole(tmp_path,
 def test_a_missing_model_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_model(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="neither a run with a checkpoint nor a saved model"):
+    with pytest.raises(FileNotFoundError, match="neither a run with a checkpoint that has a score nor a saved model"):
         find_model(tmp_path)

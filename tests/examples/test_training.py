@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from farmer_examples import Farmer, loop, training
+from farmer_examples.__main__ import RESTART, main
 from farmer_examples.config import load_config
 from farmer_examples.data import load_images
 from farmer_examples.evaluation import evaluate
@@ -124,8 +126,81 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file):
     train(config("training.steps=1"), tmp_path)
     path = checkpoints(tmp_path)[-1].state / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(TrainingError, match=r"step-00000001 cannot be resumed: .*remove it"):
+    with pytest.raises(TrainingError, match=r"step-00000001 cannot be resumed: .*no sound checkpoint"):
         train(config("training.steps=2"), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys, file):
+    settings = ["training.steps=3", "training.evaluate_every=1"]
+    train(config(*settings), tmp_path)
+    (before, model), newest = weights(tmp_path), checkpoints(tmp_path)[-1]
+    path = newest.state / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    capsys.readouterr()
+    assert train(config(*settings), tmp_path, resume=True).step == 3
+    printed = capsys.readouterr().out
+    assert f"{newest.path} cannot be read" in printed
+    assert "resuming from" in printed
+    assert "step-00000002" in printed
+    assert (newest.path.parent / "damaged-step-00000003").is_dir()
+    (after, again) = weights(tmp_path)
+    assert_same(after, before)
+    assert_same(again.state_dict(), model.state_dict())
+
+
+def test_sigterm_saves_and_asks_for_a_restart(tmp_path, monkeypatch, capsys):
+    """And the resumed run ends in the numbers of one that was left alone, though no evaluation was due."""
+    settings = ["training.steps=6", "training.evaluate_every=6", "data.flip=true"]
+    train(config(*settings), tmp_path / "whole")
+    original, calls = Farmer.noised, []
+
+    def warned(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Farmer, "noised", warned)
+    run = tmp_path / "parts"
+    _reset_accelerate()
+    missed = []
+    before = signal.signal(signal.SIGTERM, lambda *_: missed.append(1))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--config", "digits", "--output", str(run), *SMALL, *settings])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert missed == [1], "the handler of before is back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == RESTART
+    assert "saved at step 3: go on with --resume" in capsys.readouterr().err
+    assert [checkpoint.step for checkpoint in checkpoints(run)] == [3]
+    _reset_accelerate()
+    train(config(*settings), run, resume=True)
+    (ours, model), (theirs, other) = weights(run), weights(tmp_path / "whole")
+    assert_same(ours, theirs)
+    assert_same(model.state_dict(), other.state_dict())
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    train(config("training.steps=1"), tmp_path)
+    original = loop.Accelerator.save_state
+
+    def into_a_full_disk(self, *arguments):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # writes beyond fail, as on a full disk
+        try:
+            return original(self, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(loop.Accelerator, "save_state", into_a_full_disk)
+    with pytest.raises(TrainingError, match=r"step 2 cannot be written: .*last good checkpoint is .*00000001"):
+        train(config("training.steps=2"), tmp_path, resume=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    monkeypatch.setattr(loop.Accelerator, "save_state", original)
+    assert train(config("training.steps=2"), tmp_path, resume=True).step == 2
 
 
 def test_every_step_takes_all_its_parts_also_across_epochs(tmp_path, monkeypatch):
@@ -163,17 +238,32 @@ def test_the_average_follows_its_formula():
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_there_is(tmp_path, monkeypatch):
-    original = Farmer.noised
-    calls = []
+def _poison_batches(monkeypatch, *poisoned, value=math.nan):
+    original, calls = Farmer.noised, []
 
-    def poisoned(self, images, progress, **options):
+    def noised(self, images, progress, **options):
         calls.append(1)
-        return original(self, images, progress, **options) * (math.nan if len(calls) == 8 else 1)
+        return original(self, images, progress, **options) * (value if len(calls) in poisoned else 1)
 
-    monkeypatch.setattr(Farmer, "noised", poisoned)
-    with pytest.raises(TrainingError, match=r"loss became nan at step 8; the last good checkpoint is .*step-00000005"):
-        train(config("training.steps=20", "training.evaluate_every=5"), tmp_path)
+    monkeypatch.setattr(Farmer, "noised", noised)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_batch_is_passed_over_and_counted(tmp_path, monkeypatch, value):
+    """Whichever of a step's two parts is bad. Oracle: the steps that the optimiser has counted."""
+    _poison_batches(monkeypatch, 3, 8, value=value)
+    course = train(config("training.steps=6", "training.accumulation=2"), tmp_path)
+    assert (course.step, course.skipped) == (6, 2)
+    tensors, model = weights(tmp_path)
+    assert all(state["step"] == 4 for state in tensors["optimizer.bin"]["state"].values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert math.isfinite(course.history[-1]["train"])
+
+
+def test_too_many_bad_batches_stop_and_keep_what_there_is(tmp_path, monkeypatch):
+    _poison_batches(monkeypatch, 2, 8)
+    with pytest.raises(TrainingError, match=r"gradient became nan at step 8; the last good checkpoint is .*00000005"):
+        train(config("training.steps=20", "training.evaluate_every=5", "training.max_skipped=1"), tmp_path)
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [5]
     _, model = weights(tmp_path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -189,7 +279,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(tmp_path
 
     monkeypatch.setattr(loop.Accelerator, "clip_grad_norm_", poisoned)
     with pytest.raises(TrainingError, match="the gradient became inf at step 3; there is no checkpoint yet"):
-        train(config("training.steps=20"), tmp_path)
+        train(config("training.steps=20", "training.max_skipped=0"), tmp_path)
 
 
 def test_a_held_out_score_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from farmer_examples.distillation import STUDENT, distill
 from farmer_examples.guidance import METHODS, SCHEDULES, Guides, Setting, read_options, settings_of
 from farmer_examples.inverse import INVERSES, ExactInverse, inverse_of
 from farmer_examples.likelihood import save_likelihoods
-from farmer_examples.loop import CONFIG, TrainingError, resumed_config
+from farmer_examples.loop import CONFIG, PreemptedError, TrainingError, resumed_config
 from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
@@ -29,13 +29,16 @@ from farmer_examples.training import train
 __all__ = ["main"]
 
 USER_ERRORS = (ConfigError, DataError, FloatingPointError, SamplingError, TrainingError, UnknownClassError, OSError)
+RESTART = 75
+"""Exit status of a training that was told to end and asks to be started again, EX_TEMPFAIL of sysexits.h."""
+
 SWEPT = {"guidance", "guidance_method", "guidance_options", "inverse"}
 CHECKPOINT = "a run's folder (its best model), or a model's"
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; a user's mistake ends in a message and exit status 2."""
+    """Run one command; a user's mistake ends in a message and exit status 2, preemption in 75."""
     logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
@@ -50,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     except USER_ERRORS as error:
         print(f"farmer: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except PreemptedError as error:
+        print(f"farmer: {error}", file=sys.stderr)
+        raise SystemExit(RESTART) from None
     except KeyboardInterrupt:
         print("farmer: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

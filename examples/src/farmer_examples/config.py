@@ -134,6 +134,8 @@ class Schedule(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(default=0.03, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    max_skipped: int = Field(default=10, ge=0)
+    """Steps in all that are passed over because their gradient is not finite, before the training stops."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     """The share of images that are learnt without their class."""

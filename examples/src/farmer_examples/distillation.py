@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from farmer_distill import OneStepInverse, distillation_loss
 from farmer_flow import AutoregressiveFlow
 from safetensors import SafetensorError, safe_open
@@ -73,13 +74,11 @@ class Distilling(Loop):
         if not isinstance(self.model.flow, AutoregressiveFlow):
             raise ConfigError(f"a {type(self.model.flow).__name__} has no sequential inverse to distil")
         config.data.check_size(self.model)
-        for saved in checkpoints(run)[-1:] if resume else []:
-            try:
-                taught_by = _metadata(saved.model / STUDENT).get("flow")
-            except (OSError, SafetensorError) as error:
-                raise TrainingError(f"{saved.path} is no sound checkpoint of a distillation: {error}") from error
-            if taught_by != fingerprint(self.model.flow):
-                raise TrainingError(f"{run} distils another model than {folder}: choose another --output, or remove it")
+        teachers = [_metadata(saved.model / STUDENT).get("flow") for saved in checkpoints(run) if resume]
+        if teachers and not any(teachers):
+            raise TrainingError(f"{run} has no sound checkpoint of a distillation")
+        if set(teachers) - {None, fingerprint(self.model.flow)}:
+            raise TrainingError(f"{run} distils another model than {folder}: choose another --output, or remove it")
         super().__init__(config, run, resume=resume)
 
     def build(self) -> Lesson:
@@ -138,9 +137,14 @@ class Distilling(Loop):
         course = {"max_noise": settings.max_noise, "data_weight": settings.pixel_weight}
         return self.module(tokens, labels, model, **course, generator=generator), {}
 
-    @torch.no_grad()
     def evaluate(self, train: float | None) -> dict[str, Any]:
         """Compare the student's images with the exact ones from the same latents of the prior, in full precision."""
+        scores = self._compare(train) if self.accelerator.is_main_process else {}
+        shared: dict[str, Any] = broadcast_object_list([scores])[0]
+        return shared
+
+    @torch.no_grad()
+    def _compare(self, train: float | None) -> dict[str, Any]:
         step, device = self.course.step, self.accelerator.device
         errors, images, exact = [], [], []
         for x, labels in zip(*(part.split(self.settings.drawn_at_once) for part in self.examined), strict=True):
@@ -170,9 +174,9 @@ class Distilling(Loop):
             save_sheet(sheet, self.run / "samples" / f"step-{step:08d}.png")
         return scores
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, held_out: float | None) -> None:
         """Write the averaged student, and put it beside the model if it is the best there."""
-        error = self.course.history[-1]["held_out"]
+        error = math.inf if held_out is None else held_out
         save_student(self.ema.module.student, self.model.flow, folder, error)
         if error <= min(entry["held_out"] for entry in self.course.history):
             there = student_error(self.folder, self.model.flow)
@@ -210,9 +214,10 @@ def load_student(folder: str | Path, flow: AutoregressiveFlow) -> OneStepInverse
         raise FileNotFoundError(f"{folder} has no {STUDENT}: make one with farmer distill")
     student = OneStepInverse.from_flow(flow)
     try:
+        weights = load_file(file)
         if _metadata(file).get("flow") != fingerprint(flow):
             raise OSError(f"{file} inverts another flow than this model's: distil it anew, or remove the file")
-        student.load_state_dict(load_file(file))
+        student.load_state_dict(weights)
     except (RuntimeError, SafetensorError) as error:
         raise OSError(f"{file} holds no student: {error}; distil it anew, or remove the file") from error
     return student.eval()
@@ -220,16 +225,17 @@ def load_student(folder: str | Path, flow: AutoregressiveFlow) -> OneStepInverse
 
 def student_error(folder: Path, flow: nn.Module) -> float | None:
     """Return the error of a flow's student in a folder, the mean square in pixels; None if there is none of it."""
-    try:
-        metadata = _metadata(folder / STUDENT)
-    except (OSError, SafetensorError):
-        return None
+    metadata = _metadata(folder / STUDENT)
     return float(metadata.get("error", math.inf)) if metadata.get("flow") == fingerprint(flow) else None
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
+    """Return what is written beside a student's weights; nothing if there is no sound file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def fingerprint(flow: nn.Module) -> str:

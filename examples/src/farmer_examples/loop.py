@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import signal
 import textwrap
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     broadcast_object_list,
+    gather_object,
     set_seed,
 )
 from safetensors import SafetensorError
@@ -32,9 +35,9 @@ from tqdm import tqdm
 
 from farmer_examples.config import Config, ConfigError, load_config
 from farmer_examples.model import lacks_float64
-from farmer_examples.storage import Checkpoint, checkpoints, prune, published
+from farmer_examples.storage import Checkpoint, checkpoints, prune, published, set_aside
 
-__all__ = ["Course", "Loop", "TrainingError", "computes_in_bf16", "resumed_config", "short_attention"]
+__all__ = ["Course", "Loop", "PreemptedError", "TrainingError", "computes_in_bf16", "resumed_config", "short_attention"]
 
 CONFIG = "config.yaml"
 SHORT_SEQUENCE = 128
@@ -42,6 +45,10 @@ SHORT_SEQUENCE = 128
 
 class TrainingError(RuntimeError):
     """A training that cannot go on; the message says why, and what is left."""
+
+
+class PreemptedError(RuntimeError):
+    """A training that has saved its state because it was told to end, and is to be resumed."""
 
 
 @dataclass
@@ -53,6 +60,11 @@ class Course:
     batch: int = 0
     """Batches of this epoch that have been trained on."""
     seconds: float = 0.0
+    skipped: int = 0
+    """Steps passed over because their gradient was not finite."""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    """Of the batches since the last evaluation whose loss was finite."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry an evaluation."""
 
@@ -110,10 +122,10 @@ class Loop(ABC):
     Args:
         config: see :class:`~farmer_examples.config.Config`; its section :attr:`section` is the course to take.
         run: gets ``config.yaml``, ``checkpoints/``, ``best``, ``samples/``, ``curves.png`` and TensorBoard's ``logs/``.
-        resume: go on from the newest checkpoint in ``run``, if there is one.
+        resume: go on from the newest readable checkpoint in ``run``, if there is one.
 
     Raises:
-        TrainingError: if ``run`` holds another training, or its newest checkpoint does not fit the configuration.
+        TrainingError: if ``run`` holds another training, or no checkpoint of it fits the configuration.
         DataError: if the images cannot be read.
     """
 
@@ -163,6 +175,7 @@ class Loop(ABC):
             collate_fn=self.data.collate,
             num_workers=settings.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=_ignore_sigterm,
         )
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
@@ -176,6 +189,7 @@ class Loop(ABC):
         self.module, self.optimizer, self.loader = self.accelerator.prepare(module, optimizer, loader)
         self.accelerator.register_for_checkpointing(self.course, self.ema)
         self.generator = Generator(self.accelerator.device)
+        self.spoilt: float | None = None
         self._resume(resume)
 
     @abstractmethod
@@ -197,13 +211,15 @@ class Loop(ABC):
     def evaluate(self, train: float | None) -> dict[str, Any]:
         """Score the averaged module, with pictures; ``train`` is the mean loss since the last time.
 
+        All processes call it, and get the same.
+
         Returns:
             Figures that JSON can hold, of which ``held_out`` is the score, the lower the better.
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the averaged module to a new folder."""
+    def save(self, folder: Path, held_out: float | None) -> None:
+        """Write the averaged module to a new folder; ``held_out`` is its score, if it has been scored."""
 
     @abstractmethod
     def shown(self, loss: float, figures: dict[str, float]) -> dict[str, str]:
@@ -213,8 +229,13 @@ class Loop(ABC):
         """Run to the end of the schedule.
 
         Raises:
-            TrainingError: if the loss, the gradient or the held-out score is not finite.
+            TrainingError: if the gradient was not finite too often, or a held-out score is not.
+            PreemptedError: on SIGTERM, after the step or evaluation at hand and a checkpoint.
         """
+        with _triggered_by_sigterm(self.accelerator):
+            return self._train()
+
+    def _train(self) -> Course:
         settings, course, accelerator = self.settings, self.course, self.accelerator
         if course.step and self._progress(course.seconds) >= 1:
             accelerator.print(f"the training in {self.run} is at its end, after {course.step} steps")
@@ -234,7 +255,6 @@ class Loop(ABC):
             self._evaluate(train=None)
         self.prepare()
         started = time.perf_counter() - course.seconds
-        losses: list[float] = []
         for epoch in itertools.count(course.epoch):
             course.epoch = epoch
             self.loader.set_epoch(epoch)
@@ -243,18 +263,23 @@ class Loop(ABC):
                 progress = self._progress(time.perf_counter() - started)
                 loss, figures = self._step(images, labels, progress)
                 course.batch += 1
-                losses.append(loss)
+                if math.isfinite(loss):
+                    course.loss_sum, course.loss_count = course.loss_sum + loss, course.loss_count + 1
                 if not accelerator.sync_gradients:
                     continue
                 course.step += 1
                 course.seconds = time.perf_counter() - started
                 self._show(loss, figures, progress)
                 done = course.step >= settings.steps or self._progress(course.seconds) >= 1
+                if accelerator.check_trigger() and not done:
+                    self._save({"step": course.step})  # at once, as there may be seconds left
+                    self.bar.close()
+                    accelerator.end_training()
+                    raise PreemptedError(f"told to end, and saved at step {course.step}: go on with --resume")
                 if done or course.step % settings.evaluate_every == 0:
                     pause = time.perf_counter()
-                    self._evaluate(train=sum(losses) / len(losses))
-                    self._save()
-                    losses.clear()
+                    self._evaluate(self._mean_loss())
+                    self._save(course.history[-1])
                     started += time.perf_counter() - pause  # the schedule counts the training alone
                 if done:
                     self.bar.close()
@@ -280,19 +305,50 @@ class Loop(ABC):
             loss, figures = self.loss(images, labels, progress)
             value = loss.item()
             if not math.isfinite(value):
-                raise TrainingError(self._diverged("loss", value, course.step + 1))
+                self.spoilt = value
+                loss = loss * math.nan  # and so is the gradient: thus all processes learn of it
             accelerator.backward(loss)
             figures = {"loss": value, **figures}
+            sound, scaled = True, settings.precision == "fp16"
             if accelerator.sync_gradients:
                 norm = float(accelerator.clip_grad_norm_(self.module.parameters(), settings.max_grad_norm))
-                if not math.isfinite(norm) and settings.precision != "fp16":  # whose scaler passes over such steps
-                    raise TrainingError(self._diverged("gradient", norm, course.step + 1))
                 figures["grad_norm"] = norm
-            self.optimizer.step()
+                sound = math.isfinite(norm)
+                if not sound:
+                    spoilt = [part for part in gather_object([self.spoilt]) if part is not None]
+                    if spoilt or not scaled:  # a gradient beyond fp16 is its scaler's to pass over
+                        self._skip(spoilt[0] if spoilt else value, norm)
+                self.spoilt = None
+            if sound or scaled:
+                self.optimizer.step()
             self.optimizer.zero_grad()
-            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            if accelerator.sync_gradients and sound and not accelerator.optimizer_step_was_skipped:
                 self.ema.update_parameters(accelerator.unwrap_model(self.module))
         return value, figures
+
+    def _mean_loss(self) -> float | None:
+        """Return the mean loss since the last time, over all processes; None if none was finite."""
+        course = self.course
+        parts = gather_object([(course.loss_sum, course.loss_count)])
+        course.loss_sum, course.loss_count = 0.0, 0
+        total, count = (sum(column) for column in zip(*parts, strict=True))
+        return total / count if count else None
+
+    def _skip(self, loss: float, norm: float) -> None:
+        """Count a step that is passed over, the same on every process.
+
+        Raises:
+            TrainingError: if there have been too many.
+        """
+        settings, course = self.settings, self.course
+        course.skipped += 1
+        if course.skipped > settings.max_skipped:
+            raise TrainingError(self._diverged("gradient", norm, course.step + 1))
+        if self.accelerator.is_main_process:
+            self.bar.write(
+                f"step {course.step + 1}: passed over, with a loss of {loss} and a gradient of {norm} "
+                f"({course.skipped} of {settings.max_skipped} that may be)"
+            )
 
     def _progress(self, seconds: float) -> float:
         """Return the share of the schedule that is done, the same on every process."""
@@ -312,9 +368,7 @@ class Loop(ABC):
         return warmup * (settings.final_lr + (settings.lr - settings.final_lr) * cosine)
 
     def _evaluate(self, train: float | None) -> None:
-        """Score the averaged module, and enter the score in the course; the main process does."""
-        if not self.accelerator.is_main_process:
-            return
+        """Score the averaged module, and enter the score in the course."""
         course = self.course
         self.ema.module.eval()
         scores = self.evaluate(train)
@@ -322,28 +376,52 @@ class Loop(ABC):
             raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         course.history.append({"step": course.step, "seconds": course.seconds, **scores})
 
-    def _save(self) -> None:
+    def _save(self, metrics: dict[str, Any]) -> None:
         accelerator, course = self.accelerator, self.course
+        problem = ""
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            with Checkpoint.publish(self.run, course.step, course.history[-1]) as checkpoint:
-                accelerator.save_state(str(checkpoint.state))
-                self.save(checkpoint.model)
-            prune(self.run, self.settings.keep)
-        accelerator.wait_for_everyone()
+            try:
+                with Checkpoint.publish(self.run, course.step, metrics) as checkpoint:
+                    accelerator.save_state(str(checkpoint.state))
+                    self.save(checkpoint.model, metrics.get("held_out"))
+            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                problem = textwrap.shorten(str(error), 200, placeholder=" ...")
+            else:
+                prune(self.run, self.settings.keep)
+        problem = broadcast_object_list([problem])[0]
+        if problem:
+            raise TrainingError(
+                f"the checkpoint of step {course.step} cannot be written: {problem}; {self._last_good()}. "
+                f"If the disk is full, make room; then go on with --resume"
+            )
 
     def _resume(self, resume: bool) -> None:
-        saved = checkpoints(self.run) if resume else []
-        if saved:
+        """Take up the newest checkpoint that can be read; those that cannot are renamed, and named."""
+        failed: list[tuple[Checkpoint, str]] = []
+        found = broadcast_object_list([checkpoints(self.run) if resume else []])[0]
+        for saved in reversed(found):
+            problem = ""
             try:
-                self.accelerator.load_state(str(saved[-1].state))
+                self.accelerator.load_state(str(saved.state))
             except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError, SafetensorError) as error:
-                reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-                raise TrainingError(
-                    f"{saved[-1].path} cannot be resumed: {reason}. Either the configuration describes another model "
-                    f"than {self.run / CONFIG}, or the checkpoint is damaged: remove it to resume the one before"
-                ) from error
-            self.accelerator.print(f"resuming from {saved[-1].path}")
+                problem = textwrap.shorten(str(error), 200, placeholder=" ...")
+            problem = next(filter(None, gather_object([problem])), "")  # if one process cannot read it, none takes it
+            if problem:
+                failed.append((saved, problem))
+                continue
+            for damaged, reason in failed:
+                self.accelerator.print(f"{damaged.path} cannot be read, and gets another name: {reason}")
+                if self.accelerator.is_main_process:
+                    set_aside(damaged)
+                    prune(self.run, self.settings.keep)
+            self.accelerator.print(f"resuming from {saved.path}")
+            return
+        if failed:
+            raise TrainingError(
+                f"{failed[0][0].path} cannot be resumed: {failed[0][1]}. Either the configuration describes another "
+                f"model than {self.run / CONFIG}, or the run has no sound checkpoint: then start it anew elsewhere"
+            )
 
     def _show(self, loss: float, figures: dict[str, float], progress: float) -> None:
         settings, course = self.settings, self.course
@@ -360,12 +438,14 @@ class Loop(ABC):
             self.accelerator.log({**shown, "train/lr": self._lr(progress)}, step=course.step)
 
     def _diverged(self, what: str, value: float, step: int) -> str:
-        saved = checkpoints(self.run)
-        left = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
         return (
-            f"the {what} became {value} at step {step}; {left}. Nothing was written over. "
+            f"the {what} became {value} at step {step}; {self._last_good()}. Nothing was written over. "
             f"A lower {self.section}.lr or {self.section}.max_grad_norm, or fp32, may help"
         )
+
+    def _last_good(self) -> str:
+        saved = checkpoints(self.run)
+        return f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
 
     def _check_batch(self) -> None:
         settings = self.settings
@@ -375,6 +455,25 @@ class Loop(ABC):
                 f"{self.section}.batch_size={settings.batch_size} on {self.accelerator.num_processes} processes takes "
                 f"{needed} images a step, but there are {len(self.data)}"
             )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which batch systems send to every process of a job, to the process that saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _triggered_by_sigterm(accelerator: Accelerator) -> Iterator[None]:
+    """Let SIGTERM, the warning of batch systems, set the trigger that all processes check after a step."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    accelerator.check_trigger()  # which makes it
+    before = signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _warmed_up_average(decay: float) -> Any:

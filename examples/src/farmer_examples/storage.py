@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Checkpoint", "checkpoints", "find_model", "prune", "published"]
+__all__ = ["Checkpoint", "checkpoints", "find_model", "prune", "published", "set_aside"]
 
 METRICS = "metrics.json"
 
@@ -62,8 +62,14 @@ class Checkpoint:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The figures at this step; ``held_out`` is the score, the lower the better."""
-        metrics: dict[str, Any] = json.loads((self.path / METRICS).read_text())
+        """The figures at this step, none if they are damaged; ``held_out`` is the score, if there is one.
+
+        The lower the better.
+        """
+        try:
+            metrics: dict[str, Any] = json.loads((self.path / METRICS).read_text())
+        except ValueError:
+            return {}
         return metrics
 
     @staticmethod
@@ -82,19 +88,27 @@ def checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def best(run: Path) -> Checkpoint | None:
-    """Return the checkpoint with the lowest held-out score."""
-    return min(checkpoints(run), key=lambda checkpoint: checkpoint.metrics["held_out"], default=None)
+    """Return the checkpoint with the lowest held-out score; None if none has a score."""
+    scored = [checkpoint for checkpoint in checkpoints(run) if "held_out" in checkpoint.metrics]
+    return min(scored, key=lambda checkpoint: checkpoint.metrics["held_out"], default=None)
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Rename a checkpoint that cannot be read to ``damaged-step-XXXXXXXX``, which is no longer one of its run."""
+    target = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    checkpoint.path.rename(target)
 
 
 def prune(run: Path, keep: int) -> None:
     """Point ``best`` at the best checkpoint's model, and delete all but it and the ``keep`` newest."""
     winner = best(run)
-    if winner is None:
-        return
-    with published(run / "best") as link:
-        link.symlink_to(winner.model.relative_to(run), target_is_directory=True)
+    if winner is not None:
+        with published(run / "best") as link:
+            link.symlink_to(winner.model.relative_to(run), target_is_directory=True)
     for old in checkpoints(run)[:-keep]:
-        if old.path != winner.path:
+        if winner is None or old.path != winner.path:
             shutil.rmtree(_aside(old.path))
     for partial in (run / "checkpoints").glob(".partial-*"):  # of a run that was killed while it wrote
         shutil.rmtree(partial)
@@ -112,7 +126,7 @@ def find_model(path: str | Path) -> Path:
     winner = best(path) if path.is_dir() else None
     if winner is None:
         raise FileNotFoundError(
-            f"{path} is neither a run with a checkpoint nor a saved model (a folder with config.json)"
+            f"{path} is neither a run with a checkpoint that has a score nor a saved model (a folder with config.json)"
             if path.exists()
             else f"there is no folder {path}"
         )

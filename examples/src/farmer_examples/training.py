@@ -50,7 +50,7 @@ class Training(Loop):
 
     def evaluate(self, train: float | None) -> dict[str, Any]:
         """Score held-out images in bits per dimension, draw the curves and samples."""
-        settings, course, model = self.settings, self.course, self.ema.module
+        settings, model = self.settings, self.ema.module
         with self.accelerator.autocast():
             scores = evaluate(
                 model,
@@ -66,15 +66,20 @@ class Training(Loop):
         if train is not None and unit == "bits/dim":
             train = self._bits(train)
         scores = {"train": train, "train_unit": unit, **scores}
+        if self.accelerator.is_main_process:
+            self._report(scores)
+        return scores
+
+    def _report(self, scores: dict[str, Any]) -> None:
+        course = self.course
         self.bar.write(
             f"step {course.step}: held out {scores['held_out']:.4f} bits/dim "
             f"(± {scores['held_out_error']:.4f} over {scores['images']} images)"
         )
         self.accelerator.log({"held out/bits per dim": scores["held_out"]}, step=course.step)
         save_curves([*course.history, {"step": course.step, **scores}], self.run / "curves.png")
-        if settings.samples:
-            self._draw(model)
-        return scores
+        if self.settings.samples:
+            self._draw(self.ema.module)
 
     def _draw(self, model: Farmer) -> None:
         step = self.course.step
@@ -89,7 +94,7 @@ class Training(Loop):
             {"samples": picture[None].numpy()}, step=step, dataformats="NCHW"
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, held_out: float | None) -> None:
         """Write the averaged model, as ``Farmer.from_pretrained`` reads it."""
         self.ema.module.save_pretrained(folder)
 
