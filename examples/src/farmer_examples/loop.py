@@ -386,7 +386,7 @@ class Loop(ABC):
                     accelerator.save_state(str(checkpoint.state))
                     self.save(checkpoint.model, metrics.get("held_out"))
             except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-                problem = textwrap.shorten(str(error), 200, placeholder=" ...")
+                problem = _shortened(error)
             else:
                 prune(self.run, self.settings.keep)
         problem = broadcast_object_list([problem])[0]
@@ -405,7 +405,7 @@ class Loop(ABC):
             try:
                 self.accelerator.load_state(str(saved.state))
             except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError, SafetensorError) as error:
-                problem = textwrap.shorten(str(error), 200, placeholder=" ...")
+                problem = _shortened(error)
             problem = next(filter(None, gather_object([problem])), "")  # if one process cannot read it, none takes it
             if problem:
                 failed.append((saved, problem))
@@ -414,7 +414,8 @@ class Loop(ABC):
                 self.accelerator.print(f"{damaged.path} cannot be read, and gets another name: {reason}")
                 if self.accelerator.is_main_process:
                     set_aside(damaged)
-                    prune(self.run, self.settings.keep)
+            if failed and self.accelerator.is_main_process:
+                prune(self.run, self.settings.keep)
             self.accelerator.print(f"resuming from {saved.path}")
             return
         if failed:
@@ -455,6 +456,10 @@ class Loop(ABC):
                 f"{self.section}.batch_size={settings.batch_size} on {self.accelerator.num_processes} processes takes "
                 f"{needed} images a step, but there are {len(self.data)}"
             )
+
+
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
 
 
 def _ignore_sigterm(worker: int) -> None:

@@ -96,8 +96,7 @@ def best(run: Path) -> Checkpoint | None:
 def set_aside(checkpoint: Checkpoint) -> None:
     """Rename a checkpoint that cannot be read to ``damaged-step-XXXXXXXX``, which is no longer one of its run."""
     target = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
-    if target.exists():
-        shutil.rmtree(target)
+    _remove(target)
     checkpoint.path.rename(target)
 
 
