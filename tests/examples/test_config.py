@@ -56,7 +56,6 @@ def test_overrides_are_read_as_yaml():
         ("training.lr=-1", r"training\.lr = -1.*greater than 0"),
         ("training.lr=.nan", r"training\.lr = nan"),
         ("data.channels=2", r"data\.channels = 2.*1 or 3"),
-        ("training.accumulation=3", r"accumulation=3 must divide batch_size=128"),
         ("model.patch_size=3", r"patch_size=3 must divide data\.image_size=8"),
         ("model.patch_size=8", r"one token is no sequence"),
         ("model.flow.width=50", r"model\.flow\.width=50 must be a multiple of head_dim"),

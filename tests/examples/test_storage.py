@@ -8,9 +8,11 @@ from farmer_examples.storage import Checkpoint, checkpoints, find_model, prune, 
 
 
 def save(run, step, held_out):
-    with Checkpoint.publish(run, step, {"held_out": held_out}) as checkpoint:
-        checkpoint.model.mkdir()
-        (checkpoint.model / "config.json").write_text(str(step))
+    checkpoint = Checkpoint.unpublished(run, step)
+    checkpoint.begin()
+    checkpoint.model.mkdir()
+    (checkpoint.model / "config.json").write_text(str(step))
+    checkpoint.publish({"held_out": held_out})
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -25,7 +27,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path):
-    (tmp_path / "checkpoints" / f".partial-{os.getpid()}-step-00000001" / "model").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".partial-step-00000001" / "model").mkdir(parents=True)
     (tmp_path / "checkpoints" / f".partial-{os.getpid()}-old-step-00000001" / "model").mkdir(parents=True)
     save(tmp_path, 1, 3.0)
     save(tmp_path, 1, 2.0)
@@ -34,10 +36,12 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path):
 
 def test_a_failed_checkpoint_is_none(tmp_path):
     save(tmp_path, 1, 3.0)
-    with pytest.raises(RuntimeError), Checkpoint.publish(tmp_path, 2, {"held_out": 1.0}) as checkpoint:
-        checkpoint.model.mkdir()
-        raise RuntimeError
+    unfinished = Checkpoint.unpublished(tmp_path, 2)
+    unfinished.begin()
+    unfinished.model.mkdir()
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [1]
+    unfinished.discard()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_checkpoint_can_be_written_again(tmp_path):

@@ -1,5 +1,6 @@
 """Training, and going on with it: exact, and safe against being killed."""
 
+import json
 import math
 import os
 import random
@@ -18,9 +19,11 @@ from farmer_examples.config import load_config
 from farmer_examples.data import load_images
 from farmer_examples.evaluation import evaluate
 from farmer_examples.loop import TrainingError
+from farmer_examples.resumption import State
 from farmer_examples.storage import checkpoints
 from farmer_examples.training import train
 from farmer_flow import patchify
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 SMALL = [
     "model.flow={width: 16, blocks: 2, layers: 1, head_dim: 8, conditional: true}",
@@ -52,12 +55,14 @@ def config(*overrides):
 
 
 def weights(run, step=-1):
-    state = checkpoints(run)[step].state
-    tensors = {}
-    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        tensors[name] = torch.load(state / name, weights_only=False)
-    model = Farmer.from_pretrained(checkpoints(run)[step].model)
-    return tensors, model
+    """Return all that a checkpoint's state holds, and its model."""
+    checkpoint = checkpoints(run)[step]
+    whole = run / "state.pt"
+    dcp_to_torch_save(checkpoint.state, whole)
+    tensors = torch.load(whole, weights_only=False)
+    tensors["course"] = json.loads((checkpoint.state / "course.json").read_text())
+    tensors["own"] = torch.load(checkpoint.state / "process-0-of-1.pt")
+    return tensors, Farmer.from_pretrained(checkpoint.model)
 
 
 def assert_same(first, second):
@@ -121,7 +126,7 @@ def test_a_training_at_its_end_stays_as_it_is(tmp_path, capsys):
     assert "is at its end, after 2 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "course.json", "process-0-of-1.pt"])
 def test_a_damaged_checkpoint_is_named(tmp_path, file):
     train(config("training.steps=1"), tmp_path)
     path = checkpoints(tmp_path)[-1].state / file
@@ -130,7 +135,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file):
         train(config("training.steps=2"), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "course.json", "process-0-of-1.pt"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys, file):
     settings = ["training.steps=3", "training.evaluate_every=1"]
     train(config(*settings), tmp_path)
@@ -185,57 +190,40 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path, monkeypatch, capsys):
 
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
     train(config("training.steps=1"), tmp_path)
-    original = loop.Accelerator.save_state
+    original = State.write
 
-    def into_a_full_disk(self, *arguments):
+    def into_a_full_disk(self, folder):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # writes beyond fail, as on a full disk
         try:
-            return original(self, *arguments)
+            return original(self, folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(loop.Accelerator, "save_state", into_a_full_disk)
+    monkeypatch.setattr(State, "write", into_a_full_disk)
     with pytest.raises(TrainingError, match=r"step 2 cannot be written: .*last good checkpoint is .*00000001"):
         train(config("training.steps=2"), tmp_path, resume=True)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    monkeypatch.setattr(loop.Accelerator, "save_state", original)
+    monkeypatch.setattr(State, "write", original)
     assert train(config("training.steps=2"), tmp_path, resume=True).step == 2
 
 
-def test_every_step_takes_all_its_parts_also_across_epochs(tmp_path, monkeypatch):
-    """Three batches an epoch and two a step: four steps are eight batches, whatever epoch they are from."""
-    calls = []
-    original = Farmer.noised
-    monkeypatch.setattr(Farmer, "noised", lambda *a, **k: calls.append(1) or original(*a, **k))
-    train(config("training.steps=4", "training.batch_size=32", "training.accumulation=2", "data.limit=48"), tmp_path)
-    assert len(calls) == 8
-
-
-def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
-    """Label dropout and noise are drawn a part at a time, so both are off."""
-    settings = ["training.steps=1", "training.label_dropout=0", "data.limit=16", "training.noise.kind=gaussian"]
-    quiet = ["training.noise.start=0", "training.noise.end=0", "training.max_grad_norm=1e9"]
-    train(config(*settings, *quiet), tmp_path / "one")
-    train(config(*settings, *quiet, "training.accumulation=4"), tmp_path / "four")
-    (ours, _), (theirs, _) = weights(tmp_path / "one"), weights(tmp_path / "four")
-    for first, second in zip(
-        ours["optimizer.bin"]["state"].values(), theirs["optimizer.bin"]["state"].values(), strict=True
-    ):
-        torch.testing.assert_close(first["exp_avg"], second["exp_avg"], rtol=1e-3, atol=1e-5)
-
-
-def test_the_average_follows_its_formula():
-    average = torch.optim.swa_utils.AveragedModel(
-        torch.nn.Linear(1, 1, bias=False), multi_avg_fn=loop._warmed_up_average(0.5)
-    )
-    model, expected = torch.nn.Linear(1, 1, bias=False), None
-    for n in range(20):
-        torch.nn.init.constant_(model.weight, float(n * n))
-        average.update_parameters(model)
-        decay = min(0.5, (1 + n) / (10 + n))
-        expected = float(n * n) if n == 0 else decay * expected + (1 - decay) * n * n
-        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize(("most", "parts"), [(16, 1), (8, 2), (7, 4), (4, 4), (1, 16)])
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(tmp_path, most, parts):
+    """With noise, mirroring and label dropout, which belong to the images. Seven do not divide sixteen, four do."""
+    settings = ["training.steps=3", "data.limit=40", "training.max_grad_norm=1e9", "data.flip=true"]
+    train(config(*settings), tmp_path / "whole")
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = Farmer.noised
+        patch.setattr(Farmer, "noised", lambda *a, **k: taken.append(len(a[1])) or original(*a, **k))
+        train(config(*settings, f"training.micro_batch_size={most}"), tmp_path / "parts")
+    assert taken == [16 // parts] * parts * 3
+    (ours, _), (theirs, _) = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, expected in ours["optimizer"]["state"].items():
+        torch.testing.assert_close(
+            theirs["optimizer"]["state"][name]["exp_avg"], expected["exp_avg"], rtol=1e-3, atol=1e-5
+        )
 
 
 def _poison_batches(monkeypatch, *poisoned, value=math.nan):
@@ -252,10 +240,10 @@ def _poison_batches(monkeypatch, *poisoned, value=math.nan):
 def test_a_bad_batch_is_passed_over_and_counted(tmp_path, monkeypatch, value):
     """Whichever of a step's two parts is bad. Oracle: the steps that the optimiser has counted."""
     _poison_batches(monkeypatch, 3, 8, value=value)
-    course = train(config("training.steps=6", "training.accumulation=2"), tmp_path)
+    course = train(config("training.steps=6", "training.micro_batch_size=8"), tmp_path)
     assert (course.step, course.skipped) == (6, 2)
     tensors, model = weights(tmp_path)
-    assert all(state["step"] == 4 for state in tensors["optimizer.bin"]["state"].values())
+    assert all(state["step"] == 4 for state in tensors["optimizer"]["state"].values())
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert math.isfinite(course.history[-1]["train"])
 
@@ -333,7 +321,7 @@ def test_time_ends_a_training(tmp_path):
 
 
 def test_more_images_a_step_than_there_are_is_explained(tmp_path):
-    with pytest.raises(ValueError, match="batch_size=128 on 1 processes takes 128 images a step, but there are 64"):
+    with pytest.raises(ValueError, match="batch_size=128 images a step, but there are 64"):
         train(config("training.batch_size=128"), tmp_path)
 
 

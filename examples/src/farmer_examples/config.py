@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from farmer_ar import LatentPrior
@@ -46,10 +46,16 @@ class Data(Section):
     on_corrupt: Literal["raise", "skip"] = "raise"
     limit: int | None = Field(default=None, ge=1)
     """Use only so many images of each split."""
+    streaming: bool = False
+    """Read the training images shard by shard, without an index of them: for sets too large to hold on a disk."""
+    shuffle_block: int = Field(default=4096, ge=1)
+    """How many images in a row of a stream are shuffled at a time, beside the order of its shards."""
 
     def load(self, split: Literal["train", "test"]) -> ImageData:
         """Return the images of a split; see :func:`~farmer_examples.data.load_images`."""
-        return load_images(split=split, **self.model_dump(exclude={"grey_levels", "flip"}))
+        return load_images(
+            split=split, **self.model_dump(exclude={"grey_levels", "flip", "streaming", "shuffle_block"})
+        )
 
     def check_size(self, model: Farmer) -> None:
         """Raise ConfigError unless these images are of the size and channels that a model was made for."""
@@ -115,9 +121,6 @@ class Model(Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-S = TypeVar("S", bound="Schedule")
-
-
 class Schedule(Section):
     """The course of a training, whatever is trained."""
 
@@ -125,9 +128,9 @@ class Schedule(Section):
     """Optimiser steps. The schedules end here, or at ``minutes`` if that comes first."""
     minutes: float | None = Field(default=None, gt=0)
     batch_size: int = Field(ge=1)
-    """Images a step and process, over all accumulated parts."""
-    accumulation: int = Field(default=1, ge=1)
-    """Parts that a batch is cut into."""
+    """Images a step, over all processes and all the parts that they accumulate."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """The most images that a process computes at once; its share of the batch if left out."""
     lr: float = Field(default=1e-4, gt=0)
     final_lr: float = Field(default=1e-6, ge=0)
     warmup_steps: int = Field(default=5000, ge=0)
@@ -136,7 +139,12 @@ class Schedule(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_skipped: int = Field(default=10, ge=0)
     """Steps in all that are passed over because their gradient is not finite, before the training stops."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass, of a block at a time: a third more work, far less memory."""
+    compile: bool = False
+    """Compile the Transformers' layers."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Of the average of the weights that is evaluated and kept; 0 for none, which saves its memory."""
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     """The share of images that are learnt without their class."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -151,11 +159,17 @@ class Schedule(Section):
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints to keep, beside the best."""
 
-    @model_validator(mode="after")
-    def _parts_divide_batch(self: S) -> S:
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
-        return self
+    def parts(self, processes: int) -> int:
+        """Return how many parts a process takes its share of a batch in: the fewest that are small enough and equal.
+
+        Raises:
+            ConfigError: if the processes cannot have equal shares.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        if rest or not share:
+            raise ConfigError(f"batch_size={self.batch_size} must be a multiple of the {processes} processes")
+        least = -(-share // (self.micro_batch_size or share))
+        return next(parts for parts in range(least, share + 1) if share % parts == 0)
 
 
 class Training(Schedule):

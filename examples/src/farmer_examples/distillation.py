@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from farmer_examples.batches import Batch
 from farmer_examples.config import Config, ConfigError
 from farmer_examples.loop import Course, Loop, TrainingError
 from farmer_examples.model import Farmer
@@ -124,10 +125,11 @@ class Distilling(Loop):
             raise TrainingError("the model's own samples are not finite: its training has diverged")
         return tokens, labels.cpu()
 
-    def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the loss on a batch of images, of which a share is drawn from the model instead."""
-        model, settings, generator = self.model, self.settings, self.generator
-        tokens, _ = model.tokenise(model.noised(images, 1.0, generator=generator))
+        model, settings, labels = self.model, self.settings, batch.labels
+        tokens, _ = model.tokenise(model.noised(batch.images, 1.0, generator=self.generators(batch.draws)))
+        generator = next(self.generators(batch.draws[:1], purpose=2))
         if settings.prior_share:
             pool, pool_labels = self.pool
             chosen = torch.randint(len(pool), (len(labels),), device=labels.device, generator=generator).cpu()
@@ -137,19 +139,19 @@ class Distilling(Loop):
         course = {"max_noise": settings.max_noise, "data_weight": settings.pixel_weight}
         return self.module(tokens, labels, model, **course, generator=generator), {}
 
-    def evaluate(self, train: float | None) -> dict[str, Any]:
+    def evaluate(self, lesson: nn.Module, train: float | None) -> dict[str, Any]:
         """Compare the student's images with the exact ones from the same latents of the prior, in full precision."""
-        scores = self._compare(train) if self.accelerator.is_main_process else {}
+        scores = self._compare(lesson.student, train) if self.accelerator.is_main_process else {}
         shared: dict[str, Any] = broadcast_object_list([scores])[0]
         return shared
 
     @torch.no_grad()
-    def _compare(self, train: float | None) -> dict[str, Any]:
+    def _compare(self, student: OneStepInverse, train: float | None) -> dict[str, Any]:
         step, device = self.course.step, self.accelerator.device
         errors, images, exact = [], [], []
         for x, labels in zip(*(part.split(self.settings.drawn_at_once) for part in self.examined), strict=True):
             states = self.model.flow.trajectory(x.to(device), labels.to(device))
-            reached = self.ema.module.student.trajectory(states[-1], labels.to(device))
+            reached = student.trajectory(states[-1], labels.to(device))
             apart = zip(reached[:-1], states[:-1], strict=True)
             errors.append(torch.stack([(ours - theirs).square().mean(dim=(1, 2)) for ours, theirs in apart]))
             images.append(self.model.detokenise(reached[0]).clamp(-1, 1))
@@ -174,20 +176,20 @@ class Distilling(Loop):
             save_sheet(sheet, self.run / "samples" / f"step-{step:08d}.png")
         return scores
 
-    def save(self, folder: Path, held_out: float | None) -> None:
+    def save(self, lesson: nn.Module, folder: Path, held_out: float | None) -> None:
         """Write the averaged student, and put it beside the model if it is the best there."""
         error = math.inf if held_out is None else held_out
-        save_student(self.ema.module.student, self.model.flow, folder, error)
+        save_student(lesson.student, self.model.flow, folder, error)
         if error <= min(entry["held_out"] for entry in self.course.history):
             there = student_error(self.folder, self.model.flow)
             if there is None or error <= there:
-                save_student(self.ema.module.student, self.model.flow, self.folder, error)
+                save_student(lesson.student, self.model.flow, self.folder, error)
             else:
                 self.bar.write(f"{self.folder / STUDENT} stays: its {decibels(there):.2f} dB are better")
 
-    def shown(self, loss: float, figures: dict[str, float]) -> dict[str, str]:
+    def shown(self, figures: dict[str, float]) -> dict[str, str]:
         """Return the loss, and the last score."""
-        return {"loss": f"{loss:.4f}", "dB": f"{self.course.history[-1]['psnr']:.2f}"}
+        return {"loss": f"{figures['loss']:.4f}", "dB": f"{self.course.history[-1]['psnr']:.2f}"}
 
 
 def decibels(error: float) -> float:

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import signal
+import statistics
 import textwrap
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
-from safetensors import SafetensorError
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, set_seed
 from torch import Generator, Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from farmer_examples.average import Average
+from farmer_examples.batches import Batch, Batches
 from farmer_examples.config import Config, ConfigError, load_config
 from farmer_examples.model import lacks_float64
+from farmer_examples.parallel import checkpoint_activations, compile_layers, sharding
+from farmer_examples.resumption import State, together
 from farmer_examples.storage import Checkpoint, checkpoints, prune, published, set_aside
 
 __all__ = ["Course", "Loop", "PreemptedError", "TrainingError", "computes_in_bf16", "resumed_config", "short_attention"]
 
 CONFIG = "config.yaml"
 SHORT_SEQUENCE = 128
+
+NOTABLE_WAIT = 0.1
+"""Share of the time spent waiting for data from which the progress bar tells of it."""
 
 
 class TrainingError(RuntimeError):
@@ -56,12 +55,13 @@ class Course:
     """How far a training has come. Saved with every checkpoint."""
 
     step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that have been trained on."""
+    images: int = 0
+    """Taken so far, by all processes."""
     seconds: float = 0.0
     skipped: int = 0
     """Steps passed over because their gradient was not finite."""
+    skipped_images: int = 0
+    """Of a stream, passed over by this process because they were not sound."""
     loss_sum: float = 0.0
     loss_count: int = 0
     """Of the batches since the last evaluation whose loss was finite."""
@@ -69,11 +69,11 @@ class Course:
     """One entry an evaluation."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Accelerate is to save."""
+        """Return what is to be saved."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what Accelerate has loaded."""
+        """Take up what was saved."""
         self.__dict__.update(state)
 
 
@@ -137,22 +137,7 @@ class Loop(ABC):
         if not resume and checkpoints(run):
             raise TrainingError(f"{run} already holds a training: go on with --resume, or choose another --output")
         self.config, self.run = config, run
-        try:
-            self.accelerator = Accelerator(
-                mixed_precision=_mixed_precision(settings.precision),
-                # every step takes all its parts, also across the end of an epoch
-                gradient_accumulation_plugin=GradientAccumulationPlugin(
-                    num_steps=settings.accumulation, sync_with_dataloader=False
-                ),
-                cpu=lacks_float64(),
-                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
-                log_with="tensorboard",
-                project_dir=run,
-            )
-        except ValueError as error:  # a precision that the hardware lacks
-            raise ConfigError(f"{self.section}.precision={settings.precision}: {error}") from error
-        if settings.precision == "fp16" and self.accelerator.device.type == "cpu":  # Accelerate would take fp32
-            raise ConfigError(f"{self.section}.precision=fp16 needs a GPU: take bf16, fp32 or auto")
+        self.accelerator = self._accelerator()
         set_seed(settings.seed)
         with self.accelerator.main_process_first():
             self.data, self.held_out = config.data.load("train"), config.data.load("test")
@@ -161,36 +146,68 @@ class Loop(ABC):
                 self.accelerator.print(
                     f"skipped {part.skipped} files or rows of the {name} set that are no sound images"
                 )
-        self._check_batch()
+        self.parts = settings.parts(self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.parts
+        if len(self.data) < settings.batch_size:
+            raise ConfigError(
+                f"{self.section}.batch_size={settings.batch_size} images a step, but there are {len(self.data)}"
+            )
         module = self.build()
         self.course = Course()
-        self.ema = AveragedModel(
-            module, device=self.accelerator.device, multi_avg_fn=_warmed_up_average(settings.ema_decay)
-        )
-        loader = DataLoader(
+        self.average = Average(module, settings.ema_decay)
+        if settings.activation_checkpointing:
+            checkpoint_activations(module)
+        if settings.compile:
+            compile_layers(module)
+        self.module, self.optimizer = self.accelerator.prepare(module, self._optimizer(module))
+        self.average.follow(self.accelerator.unwrap_model(self.module))
+        self.feed = Batches(
             self.data,
-            batch_size=settings.batch_size // settings.accumulation,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=self.data.collate,
+            batch_size=settings.batch_size,
+            parts=self.parts,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            seed=settings.seed,
             num_workers=settings.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=_ignore_sigterm,
         )
+        self.state = State(
+            self.accelerator, self.module, self.optimizer.optimizer, self.average, self.course, self.feed
+        )
+        self.generator = Generator(self.accelerator.device)
+        self.spoilt: float | None = None
+        self._resume(resume)
+
+    def _accelerator(self) -> Accelerator:
+        precision = self.settings.precision
+        try:
+            accelerator = Accelerator(
+                mixed_precision=_mixed_precision(precision),
+                # the feed has no end to synchronise with
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+                cpu=lacks_float64(),
+                fsdp_plugin=sharding(),
+                log_with="tensorboard",
+                project_dir=self.run,
+            )
+        except ValueError as error:  # a precision that the hardware lacks
+            raise ConfigError(f"{self.section}.precision={precision}: {error}") from error
+        if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
+            raise ConfigError(f"{self.section}.precision=fp16 needs a GPU: take bf16, fp32 or auto")
+        return accelerator
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        settings = self.settings
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.module, self.optimizer, self.loader = self.accelerator.prepare(module, optimizer, loader)
-        self.accelerator.register_for_checkpointing(self.course, self.ema)
-        self.generator = Generator(self.accelerator.device)
-        self.spoilt: float | None = None
-        self._resume(resume)
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -200,15 +217,15 @@ class Loop(ABC):
         """Do what steps need and the clock is not to count."""
 
     @abstractmethod
-    def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss of uint8 images after a share of the course, and further figures for the logs.
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of a batch after a share of the course, and further figures for the logs.
 
-        Some of the labels are dropped already. Random numbers come from ``self.generator``, which is reseeded at every
-        batch.
+        Some of the images are mirrored and some of the labels dropped already. Random numbers of an image come from
+        :meth:`generators`, which depend on its number alone.
         """
 
     @abstractmethod
-    def evaluate(self, train: float | None) -> dict[str, Any]:
+    def evaluate(self, module: nn.Module, train: float | None) -> dict[str, Any]:
         """Score the averaged module, with pictures; ``train`` is the mean loss since the last time.
 
         All processes call it, and get the same.
@@ -218,12 +235,15 @@ class Loop(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path, held_out: float | None) -> None:
-        """Write the averaged module to a new folder; ``held_out`` is its score, if it has been scored."""
+    def save(self, module: nn.Module, folder: Path, held_out: float | None) -> None:
+        """Write the averaged module to a new folder; ``held_out`` is its score, if it has been scored.
+
+        The main process alone calls it.
+        """
 
     @abstractmethod
-    def shown(self, loss: float, figures: dict[str, float]) -> dict[str, str]:
-        """Return what the progress bar tells beside the speed."""
+    def shown(self, figures: dict[str, float]) -> dict[str, str]:
+        """Return what the progress bar tells of a step beside the speed."""
 
     def train(self) -> Course:
         """Run to the end of the schedule.
@@ -243,7 +263,8 @@ class Loop(ABC):
         if accelerator.is_main_process:
             with published(self.run / CONFIG) as partial:
                 partial.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
-        accelerator.init_trackers("logs")
+        # what a run that was killed has logged beyond its checkpoint is dropped
+        accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": course.step + 1}})
         self.bar = tqdm(
             total=settings.steps,
             initial=course.step,
@@ -252,79 +273,89 @@ class Loop(ABC):
             disable=not accelerator.is_main_process,
         )
         if course.step == 0:
-            self._evaluate(train=None)
+            with self.average.whole() as module:
+                self._evaluate(module, train=None)
         self.prepare()
-        started = time.perf_counter() - course.seconds
-        for epoch in itertools.count(course.epoch):
-            course.epoch = epoch
-            self.loader.set_epoch(epoch)
-            batches = accelerator.skip_first_batches(self.loader, course.batch) if course.batch else self.loader
-            for images, labels in batches:
-                progress = self._progress(time.perf_counter() - started)
-                loss, figures = self._step(images, labels, progress)
-                course.batch += 1
-                if math.isfinite(loss):
-                    course.loss_sum, course.loss_count = course.loss_sum + loss, course.loss_count + 1
-                if not accelerator.sync_gradients:
-                    continue
-                course.step += 1
-                course.seconds = time.perf_counter() - started
-                self._show(loss, figures, progress)
-                done = course.step >= settings.steps or self._progress(course.seconds) >= 1
-                if accelerator.check_trigger() and not done:
-                    self._save({"step": course.step})  # at once, as there may be seconds left
-                    self.bar.close()
-                    accelerator.end_training()
-                    raise PreemptedError(f"told to end, and saved at step {course.step}: go on with --resume")
-                if done or course.step % settings.evaluate_every == 0:
-                    pause = time.perf_counter()
-                    self._evaluate(self._mean_loss())
-                    self._save(course.history[-1])
-                    started += time.perf_counter() - pause  # the schedule counts the training alone
-                if done:
-                    self.bar.close()
-                    accelerator.end_training()
-                    return course
-            course.batch = 0
-        raise AssertionError("unreachable")
+        self.started = time.perf_counter() - course.seconds
+        self.waits: deque[float] = deque(maxlen=20)
+        batches = iter(self.feed)
+        while True:
+            figures = self._step(batches)
+            self._show(figures)
+            done = course.step >= settings.steps or self._progress(course.seconds) >= 1
+            due = done or course.step % settings.evaluate_every == 0
+            told = accelerator.check_trigger() and not done
+            if due or told:
+                pause = time.perf_counter()
+                with self.average.whole() as module:
+                    if due and not told:  # there may be seconds left to save in
+                        self._evaluate(module, self._mean_loss())
+                    self._save(module, course.history[-1] if due and not told else {"step": course.step})
+                self.started += time.perf_counter() - pause  # the schedule counts the training alone
+            if done or told:
+                self.bar.close()
+                accelerator.end_training()
+            if told:
+                raise PreemptedError(f"told to end, and saved at step {course.step}: go on with --resume")
+            if done:
+                return course
 
-    def _step(self, images: Tensor, labels: Tensor, progress: float) -> tuple[float, dict[str, float]]:
+    def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Take one step of the optimiser, over all parts of its batch, and return its figures."""
         settings, accelerator, course = self.settings, self.accelerator, self.course
-        # reseeded at every batch, so that a resumed training sees the same noise
-        generator = self.generator.manual_seed(
-            hash((settings.seed, course.epoch, course.batch, accelerator.process_index)) % 2**63
-        )
-        if self.config.data.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
-            images = torch.where(mirrored, images.flip(-1), images)
-        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < settings.label_dropout
-        labels = labels.masked_fill(dropped, -1)
+        progress = self._progress(time.perf_counter() - self.started)
+        lr = self._lr(progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(progress)
-        with accelerator.accumulate(self.module), short_attention(accelerator.device, self.config.length):
-            loss, figures = self.loss(images, labels, progress)
-            value = loss.item()
-            if not math.isfinite(value):
-                self.spoilt = value
-                loss = loss * math.nan  # and so is the gradient: thus all processes learn of it
-            accelerator.backward(loss)
-            figures = {"loss": value, **figures}
-            sound, scaled = True, settings.precision == "fp16"
-            if accelerator.sync_gradients:
-                norm = float(accelerator.clip_grad_norm_(self.module.parameters(), settings.max_grad_norm))
-                figures["grad_norm"] = norm
-                sound = math.isfinite(norm)
-                if not sound:
-                    spoilt = [part for part in gather_object([self.spoilt]) if part is not None]
-                    if spoilt or not scaled:  # a gradient beyond fp16 is its scaler's to pass over
-                        self._skip(spoilt[0] if spoilt else value, norm)
-                self.spoilt = None
-            if sound or scaled:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
-            if accelerator.sync_gradients and sound and not accelerator.optimizer_step_was_skipped:
-                self.ema.update_parameters(accelerator.unwrap_model(self.module))
-        return value, figures
+            group["lr"] = lr
+        losses, spoilt = [], []
+        waited = 0.0
+        for _ in range(self.parts):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            course.skipped_images += batch.skipped
+            with accelerator.accumulate(self.module):
+                with accelerator.autocast(), short_attention(accelerator.device, self.config.length):
+                    loss, figures = self.loss(self._augmented(batch), progress)
+                value = loss.item()
+                (losses if math.isfinite(value) else spoilt).append(value)
+                if spoilt:
+                    loss = loss * math.nan  # and so is the gradient: thus all processes learn of it
+                accelerator.backward(loss)
+        norm = _norm(accelerator.clip_grad_norm_(self.module.parameters(), settings.max_grad_norm))
+        course.step += 1
+        course.images += settings.batch_size
+        seconds, course.seconds = course.seconds, time.perf_counter() - self.started
+        self.waits.append(waited / (course.seconds - seconds))
+        course.loss_sum, course.loss_count = course.loss_sum + sum(losses), course.loss_count + len(losses)
+        sound, scaled = math.isfinite(norm), settings.precision == "fp16"
+        if not sound:
+            spoilt = gather_object(spoilt)
+            if spoilt or not scaled:  # a gradient beyond fp16 is its scaler's to pass over
+                self._skip(spoilt[0] if spoilt else losses[-1], norm)
+        if sound or scaled:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if sound and not accelerator.optimizer_step_was_skipped:
+            self.average.update()
+        mean = sum(losses) / len(losses) if losses else math.nan
+        return {"loss": mean, **figures, "grad_norm": norm, "lr": lr}
+
+    def _augmented(self, batch: Batch) -> Batch:
+        """Move a batch to the device, mirror some of its images and drop some of its labels."""
+        images, labels, draws, skipped = batch
+        device = self.accelerator.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        chances = torch.stack([torch.rand(2, device=device, generator=g) for g in self.generators(draws, purpose=0)])
+        if self.config.data.flip:
+            images = torch.where(chances[:, 0, None, None, None] < 0.5, images.flip(-1), images)
+        labels = labels.masked_fill(chances[:, 1] < self.settings.label_dropout, -1)
+        return Batch(images, labels, draws, skipped)
+
+    def generators(self, draws: Tensor, purpose: int = 1) -> Iterator[Generator]:
+        """Yield a generator of random numbers for each of the images with these numbers: the same one, seeded anew."""
+        for draw in draws.tolist():
+            yield self.generator.manual_seed(hash((self.settings.seed, draw, purpose)) % 2**63)
 
     def _mean_loss(self) -> float | None:
         """Return the mean loss since the last time, over all processes; None if none was finite."""
@@ -343,10 +374,10 @@ class Loop(ABC):
         settings, course = self.settings, self.course
         course.skipped += 1
         if course.skipped > settings.max_skipped:
-            raise TrainingError(self._diverged("gradient", norm, course.step + 1))
+            raise TrainingError(self._diverged("gradient", norm, course.step))
         if self.accelerator.is_main_process:
             self.bar.write(
-                f"step {course.step + 1}: passed over, with a loss of {loss} and a gradient of {norm} "
+                f"step {course.step}: passed over, with a loss of {loss} and a gradient of {norm} "
                 f"({course.skipped} of {settings.max_skipped} that may be)"
             )
 
@@ -367,33 +398,32 @@ class Loop(ABC):
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return warmup * (settings.final_lr + (settings.lr - settings.final_lr) * cosine)
 
-    def _evaluate(self, train: float | None) -> None:
+    def _evaluate(self, module: nn.Module, train: float | None) -> None:
         """Score the averaged module, and enter the score in the course."""
         course = self.course
-        self.ema.module.eval()
-        scores = self.evaluate(train)
+        scores = self.evaluate(module, train)
         if not math.isfinite(scores["held_out"]):
             raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         course.history.append({"step": course.step, "seconds": course.seconds, **scores})
 
-    def _save(self, metrics: dict[str, Any]) -> None:
-        accelerator, course = self.accelerator, self.course
-        problem = ""
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            try:
-                with Checkpoint.publish(self.run, course.step, metrics) as checkpoint:
-                    accelerator.save_state(str(checkpoint.state))
-                    self.save(checkpoint.model, metrics.get("held_out"))
-            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-                problem = _shortened(error)
-            else:
-                prune(self.run, self.settings.keep)
-        problem = broadcast_object_list([problem])[0]
+    def _save(self, module: nn.Module, metrics: dict[str, Any]) -> None:
+        """Write a checkpoint with all processes; it joins the run when all of them have written theirs."""
+        main, checkpoint = self.accelerator.is_main_process, Checkpoint.unpublished(self.run, self.course.step)
+
+        def publish() -> None:
+            checkpoint.publish(metrics)
+            prune(self.run, self.settings.keep)
+
+        problem = together(lambda: main and checkpoint.begin())
+        problem = problem or together(lambda: self.state.write(checkpoint.state))
+        problem = problem or together(lambda: main and self.save(module, checkpoint.model, metrics.get("held_out")))
+        problem = problem or together(lambda: main and publish())
         if problem:
+            if main:
+                checkpoint.discard()
             raise TrainingError(
-                f"the checkpoint of step {course.step} cannot be written: {problem}; {self._last_good()}. "
-                f"If the disk is full, make room; then go on with --resume"
+                f"the checkpoint of step {self.course.step} cannot be written: {_shortened(problem)}; "
+                f"{self._last_good()}. If the disk is full, make room; then go on with --resume"
             )
 
     def _resume(self, resume: bool) -> None:
@@ -401,14 +431,9 @@ class Loop(ABC):
         failed: list[tuple[Checkpoint, str]] = []
         found = broadcast_object_list([checkpoints(self.run) if resume else []])[0]
         for saved in reversed(found):
-            problem = ""
-            try:
-                self.accelerator.load_state(str(saved.state))
-            except (RuntimeError, ValueError, KeyError, OSError, EOFError, UnpicklingError, SafetensorError) as error:
-                problem = _shortened(error)
-            problem = next(filter(None, gather_object([problem])), "")  # if one process cannot read it, none takes it
-            if problem:
-                failed.append((saved, problem))
+            problem = together(lambda state=saved.state: self.state.read(state))
+            if problem:  # if one process cannot read it, none takes it
+                failed.append((saved, _shortened(problem)))
                 continue
             for damaged, reason in failed:
                 self.accelerator.print(f"{damaged.path} cannot be read, and gets another name: {reason}")
@@ -424,19 +449,21 @@ class Loop(ABC):
                 f"model than {self.run / CONFIG}, or the run has no sound checkpoint: then start it anew elsewhere"
             )
 
-    def _show(self, loss: float, figures: dict[str, float], progress: float) -> None:
+    def _show(self, figures: dict[str, float]) -> None:
         settings, course = self.settings, self.course
         if not self.accelerator.is_main_process:
             return
-        images = settings.batch_size * self.accelerator.num_processes
         if settings.minutes is not None and course.step % 20 == 0:
             self.bar.total = min(settings.steps, round(course.step * settings.minutes * 60 / course.seconds))
-        speed = {"images/s": f"{images * course.step / course.seconds:.0f}"}
-        self.bar.set_postfix({**self.shown(loss, figures), **speed}, refresh=False)
+        told = {**self.shown(figures), "images/s": f"{course.images / course.seconds:.0f}"}
+        waiting = statistics.mean(self.waits)
+        if waiting > NOTABLE_WAIT:
+            told["waiting for data"] = f"{waiting:.0%}"
+        self.bar.set_postfix(told, refresh=False)
         self.bar.update()
         if course.step % 20 == 0:
             shown = {f"train/{name}": value for name, value in figures.items()}
-            self.accelerator.log({**shown, "train/lr": self._lr(progress)}, step=course.step)
+            self.accelerator.log({**shown, "train/waiting for data": waiting}, step=course.step)
 
     def _diverged(self, what: str, value: float, step: int) -> str:
         return (
@@ -448,18 +475,13 @@ class Loop(ABC):
         saved = checkpoints(self.run)
         return f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
 
-    def _check_batch(self) -> None:
-        settings = self.settings
-        needed = settings.batch_size * self.accelerator.num_processes
-        if len(self.data) < needed:
-            raise ConfigError(
-                f"{self.section}.batch_size={settings.batch_size} on {self.accelerator.num_processes} processes takes "
-                f"{needed} images a step, but there are {len(self.data)}"
-            )
+
+def _shortened(problem: str) -> str:
+    return textwrap.shorten(problem, 200, placeholder=" ...")
 
 
-def _shortened(error: Exception) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=" ...")
+def _norm(norm: Tensor) -> float:
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _ignore_sigterm(worker: int) -> None:
@@ -479,15 +501,3 @@ def _triggered_by_sigterm(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _warmed_up_average(decay: float) -> Any:
-    """Return an exponential moving average that at first follows closely: decay ``(1 + n) / (10 + n)`` at most."""
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], parameters: list[Tensor], updates: Tensor | int) -> None:
-        n = int(updates)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(averages), list(parameters), weight)
-
-    return update

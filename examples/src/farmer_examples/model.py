@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,9 @@ __all__ = ["BitsPerDim", "Density", "Farmer", "Inverse", "TrainingNoise", "Unkno
 
 Inverse = str | Sequence[str] | Callable[[Tensor, Tensor | None], Tensor]
 """How latents become data: a method of the flow, one for each of its blocks, or a function of latents and labels."""
+
+Randomness = Generator | Iterable[Generator] | None
+"""Where random numbers come from: a generator, one for each image, or torch's own."""
 
 COMPONENTS: dict[str, type[nn.Module]] = {
     "AutoregressiveFlow": AutoregressiveFlow,
@@ -336,19 +339,26 @@ class Farmer(
             raise ValueError(f"float images must be finite and in [-1, 1], got {images.min():g}..{images.max():g}")
         return ((images.double() + 1) / 2 * self.grey_levels).floor().clamp(0, top).long()
 
-    def dequantise(self, levels: Tensor, *, generator: Generator | None = None) -> Tensor:
+    def dequantise(self, levels: Tensor, *, generator: Randomness = None) -> Tensor:
         """Return grey levels as floats in [-1, 1], uniformly spread over each level's interval."""
-        noise = torch.rand(levels.shape, dtype=self._dtype, device=levels.device, generator=generator)
-        return 2 * (levels + noise) / self.grey_levels - 1
+        return 2 * (levels + self._drawn(torch.rand, levels, generator)) / self.grey_levels - 1
 
-    def noised(self, images: Tensor, progress: float, *, generator: Generator | None = None) -> Tensor:
-        """Return uint8 images as training sees them after a share ``progress``, 0 to 1, of its course."""
+    def noised(self, images: Tensor, progress: float, *, generator: Randomness = None) -> Tensor:
+        """Return uint8 images as training sees them after a share ``progress``, 0 to 1, of its course.
+
+        Several generators, one for each image, make its noise independent of its batch.
+        """
         levels = self.quantise(images)
         if self.noise.kind == "uniform":
             return self.dequantise(levels, generator=generator)
         centres = 2 * (levels + 0.5) / self.grey_levels - 1
-        noise = torch.randn(levels.shape, dtype=self._dtype, device=levels.device, generator=generator)
-        return centres + self.noise.deviation(progress) * noise
+        return centres + self.noise.deviation(progress) * self._drawn(torch.randn, levels, generator)
+
+    def _drawn(self, draw: Callable[..., Tensor], like: Tensor, generator: Randomness) -> Tensor:
+        options = {"dtype": self._dtype, "device": like.device}
+        if generator is None or isinstance(generator, Generator):
+            return draw(like.shape, generator=generator, **options)
+        return torch.stack([draw(like.shape[1:], generator=each, **options) for each in generator])
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """Return float images in [-1, 1] as uint8 on the scale 0..255, at their grey levels."""

@@ -28,14 +28,18 @@ def published(path: Path) -> Iterator[Path]:
     _remove(partial)  # of a process that was killed and had the same number
     try:
         yield partial
-        if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced by a rename
-            old = _aside(path)
-            partial.replace(path)
-            shutil.rmtree(old)
-        else:
-            partial.replace(path)
+        _publish(partial, path)
     finally:
         _remove(partial)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():  # a folder cannot be replaced by a rename
+        old = _aside(path)
+        partial.replace(path)
+        shutil.rmtree(old)
+    else:
+        partial.replace(path)
 
 
 def _remove(path: Path) -> None:
@@ -72,14 +76,24 @@ class Checkpoint:
             return {}
         return metrics
 
-    @staticmethod
-    @contextmanager
-    def publish(run: Path, step: int, metrics: dict[str, Any]) -> Iterator[Checkpoint]:
-        """Yield a checkpoint to fill, which joins the run when it is complete."""
-        with published(run / "checkpoints" / f"step-{step:08d}") as partial:
-            partial.mkdir()
-            yield Checkpoint(partial)
-            (partial / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+    @classmethod
+    def unpublished(cls, run: Path, step: int) -> Checkpoint:
+        """Return the checkpoint that is to be written at a step: hidden, and the same for all processes that write."""
+        return cls(run / "checkpoints" / f".partial-step-{step:08d}")
+
+    def begin(self) -> None:
+        """Make the folder, empty."""
+        self.discard()
+        self.path.mkdir(parents=True)
+
+    def discard(self) -> None:
+        """Remove the folder, if there is one."""
+        _remove(self.path)
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        """Let the checkpoint, which is complete but for its metrics, join the run."""
+        (self.path / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        _publish(self.path, self.path.with_name(f"step-{self.step:08d}"))
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:

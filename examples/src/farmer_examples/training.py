@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from farmer_examples.batches import Batch
 from farmer_examples.config import Config
 from farmer_examples.evaluation import evaluate
 from farmer_examples.loop import Course, Loop
@@ -41,21 +42,23 @@ class Training(Loop):
             model.fit_whitening(model.noised(images, progress=0.0, generator=generator))
         return model
 
-    def loss(self, images: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the negative log-density of noised images in nats per dimension (Eq. 14)."""
         model: Farmer = self.accelerator.unwrap_model(self.module)
-        density = self.module(model.noised(images, progress, generator=self.generator), labels)
+        noised = model.noised(batch.images, progress, generator=self.generators(batch.draws))
+        density = self.module(noised, batch.labels)
         loss = -density.log_prob.mean() / model.dimensions
-        return loss, {"logdet": density.logdet.mean().item() / model.dimensions}
+        logdet = density.logdet.detach() / model.dimensions
+        return loss, {"logdet": logdet.mean().item(), "logdet_max": logdet.max().item()}
 
-    def evaluate(self, train: float | None) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, train: float | None) -> dict[str, Any]:
         """Score held-out images in bits per dimension, draw the curves and samples."""
-        settings, model = self.settings, self.ema.module
+        settings = self.settings
         with self.accelerator.autocast():
             scores = evaluate(
                 model,
                 self.held_out,
-                batch_size=settings.batch_size,
+                batch_size=min(settings.batch_size, settings.micro_batch_size or settings.batch_size),
                 limit=settings.evaluation_images,
                 draws=settings.evaluation_draws,
                 seed=settings.seed,
@@ -67,10 +70,10 @@ class Training(Loop):
             train = self._bits(train)
         scores = {"train": train, "train_unit": unit, **scores}
         if self.accelerator.is_main_process:
-            self._report(scores)
+            self._report(model, scores)
         return scores
 
-    def _report(self, scores: dict[str, Any]) -> None:
+    def _report(self, model: Farmer, scores: dict[str, Any]) -> None:
         course = self.course
         self.bar.write(
             f"step {course.step}: held out {scores['held_out']:.4f} bits/dim "
@@ -79,7 +82,7 @@ class Training(Loop):
         self.accelerator.log({"held out/bits per dim": scores["held_out"]}, step=course.step)
         save_curves([*course.history, {"step": course.step, **scores}], self.run / "curves.png")
         if self.settings.samples:
-            self._draw(self.ema.module)
+            self._draw(model)
 
     def _draw(self, model: Farmer) -> None:
         step = self.course.step
@@ -94,13 +97,13 @@ class Training(Loop):
             {"samples": picture[None].numpy()}, step=step, dataformats="NCHW"
         )
 
-    def save(self, folder: Path, held_out: float | None) -> None:
+    def save(self, model: nn.Module, folder: Path, held_out: float | None) -> None:
         """Write the averaged model, as ``Farmer.from_pretrained`` reads it."""
-        self.ema.module.save_pretrained(folder)
+        model.save_pretrained(folder)
 
-    def shown(self, loss: float, figures: dict[str, float]) -> dict[str, str]:
+    def shown(self, figures: dict[str, float]) -> dict[str, str]:
         """Return the loss in its unit, and the log-determinant."""
-        uniform = self.ema.module.noise.kind == "uniform"
+        uniform, loss = self.config.training.noise.kind == "uniform", figures["loss"]
         return {
             "bits/dim" if uniform else "nats/dim": f"{self._bits(loss) if uniform else loss:.3f}",
             "log-det/dim": f"{figures['logdet']:.2f}",
