@@ -3,15 +3,18 @@ PYTHON ?= python3
 HATCH := .hatch/bin/hatch
 RUN := $(HATCH) run
 
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo test test-slow lint types format bench clean
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(HATCH) ## train on small digits, sample and score: about 4 minutes on 2 cores; results in runs/demo
 	$(RUN) farmer demo --output runs/demo
 
-test: $(HATCH) ## run all tests
+test: $(HATCH) ## run all tests but the slow ones
 	$(RUN) pytest
+
+test-slow: $(HATCH) ## run the slow tests: more layouts of processes, compilation
+	$(RUN) pytest -m slow
 
 lint: $(HATCH) ## check style and format
 	$(RUN) ruff check .

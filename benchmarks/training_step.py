@@ -1,13 +1,20 @@
-"""A training step against the rate of the machine's matrix products, in float32 and in bfloat16."""
+"""A training step, plain and with each way of saving time or memory, against the machine's matrix products.
+
+Times are the median of forms run by turns. Memory is what a step holds at most beyond the weights and the optimiser.
+"""
 
 import argparse
 import contextlib
 
+import farmer_ar.prior
 import torch
 from farmer_examples.config import load_config
 from farmer_examples.loop import computes_in_bf16, short_attention
-from measure import machine, median_seconds
+from farmer_examples.parallel import checkpoint_activations, compile_layers
+from measure import machine, median_seconds, peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
+
+FORMS = ["plain", "compiled", "checkpointed", "unchunked"]
 
 
 def main():
@@ -16,6 +23,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--side", type=int, default=4096, help="of the square matrices multiplied (4096)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="of the step (all)")
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -23,48 +31,71 @@ def main():
         default=["float32", "bfloat16"] if computes_in_bf16() else ["float32"],
         help="what the hardware computes in; emulated bfloat16 takes about a hundred times as long",
     )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in model.flow.blocks=2")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = load_config(options.config)
+    config = load_config(options.config, options.overrides)
+    dtypes = [getattr(torch, name) for name in options.precision]
+    steps, peaks = {}, {}
+    for name in options.forms:
+        step = step_of(config, name, options.batch_size, device)
+        for dtype in dtypes:
+            step(dtype)  # compiles
+            peaks[name, dtype] = peak_bytes(lambda step=step, dtype=dtype: step(dtype), device)
+            steps[name, dtype] = lambda step=step, dtype=dtype: step(dtype)
+    with FlopCounterMode(display=False) as counter:
+        step_of(config, "plain", options.batch_size, device)(torch.float32)
+    flops = counter.get_total_flops()
+    squares = {dtype: torch.randn(options.side, options.side, device=device).to(dtype) for dtype in dtypes}
+    products = {("product", dtype): lambda square=square: square @ square for dtype, square in squares.items()}
+    seconds = median_seconds({**steps, **products}, options.repeats, device)
+    print(machine(device))
+    print(
+        f"{' '.join([options.config, *options.overrides])}, batch {options.batch_size}: {flops / 1e9:.0f} GFLOP a step"
+    )
+    for dtype in dtypes:
+        limit = 2 * options.side**3 / seconds["product", dtype]
+        print(f"{str(dtype).removeprefix('torch.')}: matrix products at {limit / 1e9:.1f} GFLOP/s")
+        for name in options.forms:
+            rate, peak = flops / seconds[name, dtype], peaks[name, dtype]
+            print(
+                f"  {name:12s} {options.batch_size / seconds[name, dtype]:8.2f} images/s, {rate / 1e9:8.1f} GFLOP/s "
+                f"({rate / limit:.0%} of the products' rate), {peak / 2**20:8.0f} MiB; against {options.forms[0]}: "
+                f"{seconds[name, dtype] / seconds[options.forms[0], dtype]:.2f}x the time, "
+                f"{peak / peaks[options.forms[0], dtype]:.2f}x the memory"
+            )
+    if len(dtypes) == 2:
+        ratio = seconds[options.forms[0], torch.float32] / seconds[options.forms[0], torch.bfloat16]
+        print(f"bfloat16 / float32 throughput: {ratio:.3g}x")
+    if not computes_in_bf16():
+        print("this hardware has no matrix products in bfloat16, and only emulates them")
+
+
+def step_of(config, form, batch_size, device):
+    """Return a function that takes a whole training step in a precision; FLOPs made twice by checkpointing count once."""
     model = config.build([str(label) for label in range(10)]).to(device)
+    if form == "checkpointed":
+        checkpoint_activations(model)
+    if form == "compiled":
+        compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images = torch.rand(options.batch_size, *model.shape, device=device) * 2 - 1
-    labels = torch.randint(10, (options.batch_size,), device=device)
+    images = torch.rand(batch_size, *model.shape, device=device) * 2 - 1
+    labels = torch.randint(10, (batch_size,), device=device)
+    chunk = 2**62 if form == "unchunked" else farmer_ar.prior.CHUNK_NUMBERS
 
     def step(dtype):
+        before, farmer_ar.prior.CHUNK_NUMBERS = farmer_ar.prior.CHUNK_NUMBERS, chunk
         autocast = torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        with autocast, short_attention(model.device, model.flow.length):
-            loss = -model(images, labels).log_prob.mean() / model.dimensions
-        loss.backward()
+        with short_attention(model.device, model.flow.length):
+            with autocast:
+                loss = -model(images, labels).log_prob.mean() / model.dimensions
+            loss.backward()
+        farmer_ar.prior.CHUNK_NUMBERS = before
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    with FlopCounterMode(display=False) as counter:
-        step(torch.float32)
-    flops = counter.get_total_flops()
-    dtypes = [getattr(torch, name) for name in options.precision]
-    squares = {dtype: torch.randn(options.side, options.side, device=device).to(dtype) for dtype in dtypes}
-    forms = {}
-    for dtype, square in squares.items():
-        forms[f"step {dtype}"] = lambda dtype=dtype: step(dtype)
-        forms[f"product {dtype}"] = lambda square=square: square @ square
-    seconds = median_seconds(forms, options.repeats, device)
-    print(machine(device))
-    print(f"{options.config}, batch {options.batch_size}: {flops / 1e9:.0f} GFLOP a step")
-    for dtype in squares:
-        limit = 2 * options.side**3 / seconds[f"product {dtype}"]
-        rate = flops / seconds[f"step {dtype}"]
-        images_s = options.batch_size / seconds[f"step {dtype}"]
-        print(
-            f"{str(dtype).removeprefix('torch.'):9s} step {rate / 1e9:8.1f} GFLOP/s of {limit / 1e9:8.1f}: "
-            f"{rate / limit:.0%}, {images_s:.1f} images/s"
-        )
-    if len(dtypes) == 2:
-        ratio = seconds[f"step {torch.float32}"] / seconds[f"step {torch.bfloat16}"]
-        print(f"bfloat16 / float32 throughput: {ratio:.3g}x")
-    if not computes_in_bf16():
-        print("this hardware has no matrix products in bfloat16, and only emulates them")
+    return step
 
 
 if __name__ == "__main__":

@@ -111,6 +111,17 @@ def test_log_prob_is_the_product_of_its_factors(prior):
         torch.testing.assert_close(prior.log_prob(z, LABELS), total)
 
 
+def test_the_mixtures_are_those_that_score(prior):
+    z = latents()
+    informative, shared = prior.mixtures(z, LABELS)
+    scored = informative.log_prob(z[..., : prior.informative_dim]).sum(1)
+    if shared is not None:
+        scored = scored + shared.log_prob(z[..., prior.informative_dim :]).sum(1)
+    torch.testing.assert_close(scored, prior.log_prob(z, LABELS))
+    assert informative.batch_shape == (2, LENGTH)
+    assert (shared is None) == (prior.informative_dim == DIM)
+
+
 @pytest.mark.parametrize("label", [-1, 2])
 @pytest.mark.parametrize("change", ["narrower", "shifted", "any weight"])
 def test_samples_follow_the_density(prior, label, change):

@@ -231,7 +231,7 @@ def test_a_student_of_another_flow_is_refused(run, tmp_path, capsys):
 def test_saving_and_loading_keeps_the_numbers(run, tmp_path):
     model = Farmer.from_pretrained(find_model(run))
     student = OneStepInverse.from_flow(model.flow)
-    torch.nn.init.normal_(student.blocks[1].out.bias)
+    torch.nn.init.normal_(student.blocks[1].block.out.bias)
     save_student(student, model.flow, tmp_path)
     z = torch.randn(2, model.flow.length, model.flow.dim)
     assert torch.equal(load_student(tmp_path, model.flow)(z), student(z))

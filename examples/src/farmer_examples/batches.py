@@ -37,11 +37,11 @@ class Feed(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return the position of this process."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go to a position; False if it is none of this feed's, and nothing is done."""
 
-    def seek(self, images: int) -> None:
-        """Go on as after so many images of all processes, when they were not these processes."""
+    def seek(self, images: int) -> bool:
+        """Go on as after so many images of all processes, when others had taken them; False if only nearly so."""
 
 
 class Batches:
@@ -92,13 +92,14 @@ class Batches:
         """Return how many images all processes have taken."""
         return {"taken": self.taken}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on with the batch after so many images."""
-        self.seek(state["taken"])
+        return "taken" in state and self.seek(state["taken"])
 
-    def seek(self, images: int) -> None:
+    def seek(self, images: int) -> bool:
         """Go on with the batch after so many images."""
         self.taken = images
+        return True
 
     def _numbers(self) -> Iterator[list[int]]:
         """Yield this process's parts of all batches from here on, as numbers: ``epoch * images + image``."""

@@ -12,8 +12,9 @@ from farmer_ar import LatentPrior
 from farmer_flow import AutoregressiveFlow
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from farmer_examples.data import ImageData, load_images
+from farmer_examples.data import DataError, ImageData, load_images
 from farmer_examples.model import Farmer, TrainingNoise
+from farmer_examples.streaming import Stream
 
 __all__ = ["Config", "ConfigError", "load_config", "load_options", "nearest", "number", "shipped_configs"]
 
@@ -53,9 +54,22 @@ class Data(Section):
 
     def load(self, split: Literal["train", "test"]) -> ImageData:
         """Return the images of a split; see :func:`~farmer_examples.data.load_images`."""
-        return load_images(
-            split=split, **self.model_dump(exclude={"grey_levels", "flip", "streaming", "shuffle_block"})
-        )
+        loading = self.model_dump(exclude={"grey_levels", "flip", "streaming", "shuffle_block"})
+        if self.streaming:  # the source is not to be opened whole
+            loading["source"] = self.test_source
+        return load_images(split=split, **loading)
+
+    def load_both(self) -> tuple[ImageData | Stream, ImageData]:
+        """Return the images to train on, which may be a stream of them, and those held out."""
+        if not self.streaming:
+            return self.load("train"), self.load("test")
+        common = self.model_dump(include={"source", "image_size", "channels", "class_names", "on_corrupt"})
+        stream, held_out = Stream(**common, block=self.shuffle_block), self.load("test")
+        if stream.class_names != held_out.class_names:
+            raise DataError(
+                f"{self.source} and {self.test_source} have other classes: name those of both in data.class_names"
+            )
+        return stream, held_out
 
     def check_size(self, model: Farmer) -> None:
         """Raise ConfigError unless these images are of the size and channels that a model was made for."""
@@ -66,6 +80,14 @@ class Data(Section):
         """Raise ConfigError unless these classes, as loaded, are those that a model was made for."""
         if list(class_names) != model.class_names:
             raise ConfigError(f"the classes of {self.source} are not the model's: name its training's configuration")
+
+    @model_validator(mode="after")
+    def _stream_is_tested(self) -> Data:
+        if self.streaming and self.test_source is None:
+            raise ValueError("streaming=true needs data.test_source: no images are held out of a stream")
+        if self.streaming and self.limit is not None:
+            raise ValueError("limit is not for streaming=true, which has no index to draw from")
+        return self
 
     @field_validator("class_names")
     @classmethod

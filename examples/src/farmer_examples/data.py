@@ -20,7 +20,16 @@ from tqdm import tqdm
 from farmer_examples.sources import DataError, Split, encoded_files, find_images, open_source
 from farmer_examples.torchvision_operators import torchvision
 
-__all__ = ["DataError", "ImageData", "load_files", "load_images", "read_image"]
+__all__ = [
+    "DataError",
+    "ImageData",
+    "decode_image",
+    "load_files",
+    "load_images",
+    "read_image",
+    "renamed_classes",
+    "wrong_label",
+]
 
 v2 = torchvision.transforms.v2
 
@@ -73,6 +82,10 @@ class ImageData(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         count = min(len(self), count)
         return [i * len(self) // count for i in range(count)]
 
+    def preview(self, count: int) -> torch.Tensor:
+        """Return `count` images evenly spread over all, `(count, channels, size, size)`; all where there are fewer."""
+        return self.__getitems__(self.spread(count))[0]
+
     @staticmethod
     def collate(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass on what `__getitems__` has already batched: the `collate_fn` for a DataLoader."""
@@ -101,7 +114,8 @@ def load_images(
     Args:
         source: "digits" (scikit-learn's, 8x8, 1,437 + 360); a folder of IDX files; a folder of images, flat
             (unlabelled) or with a subfolder for each class, and optionally train/ and validation/ (or valid/,
-            val/, test/) above these; a path or glob of parquet files; or a hub id "owner/name".
+            val/, test/) above these; a path or glob of parquet files or of tar shards in the WebDataset layout; or a
+            hub id "owner/name".
         split: "train", or "test" for the images that training must not see.
         image_size: Height and width of the images returned, in pixels.
         channels: 1 for grey, 3 for colour.
@@ -207,7 +221,7 @@ def read_image(path: str | Path, image_size: int, channels: int) -> torch.Tensor
     Raises:
         DataError: If the file does not exist or is no sound image.
     """
-    return _decode_one({"path": str(path), "bytes": None}, str(path), image_size, channels)
+    return decode_image({"path": str(path), "bytes": None}, str(path), image_size, channels)
 
 
 # From encoded images to pixels.
@@ -236,7 +250,7 @@ def _eight_bit(image: PIL.Image.Image, channels: int) -> torch.Tensor:
     return v2.functional.pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
 
 
-def _decode_one(encoded: dict[str, Any], name: str, image_size: int, channels: int) -> torch.Tensor:
+def decode_image(encoded: dict[str, Any], name: str, image_size: int, channels: int) -> torch.Tensor:
     """Decode `{"bytes": ..., "path": ...}` to uint8 `(channels, size, size)`; an error says `name`."""
     try:
         image = datasets.Image().decode_example(encoded)
@@ -262,7 +276,7 @@ class _Undecoded:
         for row, image in zip(rows.tolist(), encoded, strict=True):
             a_file = image is not None and image["bytes"] is None and image["path"] is not None
             name = image["path"] if a_file else f"{self.split.origin}, row {row}"
-            pixels.append(_decode_one(image, name, self.image_size, self.channels))
+            pixels.append(decode_image(image, name, self.image_size, self.channels))
         return torch.stack(pixels)
 
 
@@ -348,18 +362,27 @@ def _agreed_class_names(splits: Sequence[Split], override: Sequence[str] | None)
     else:
         names = tuple(str(label) for label in range(1 + max(int(split.labels.max()) for split in splits)))
     if override is not None:
-        if (named and len(override) != len(names)) or not names:
-            raise DataError(f"data.class_names: expected {_listed(names)}, got {_listed(tuple(override))}")
-        names = tuple(override)
+        names = renamed_classes(names if named or not names else None, override)
     for split in splits:
         wrong = ((split.labels < -1) | (split.labels >= len(names))).nonzero()
         if len(wrong):
             row = int(wrong[0])
-            raise DataError(
-                f"{split.origin}, row {row}: expected a label in 0..{len(names) - 1} for {_listed(names)}, "
-                f"or -1 for none, got {int(split.labels[row])}"
-            )
+            raise wrong_label(f"{split.origin}, row {row}", names, int(split.labels[row]))
     return names
+
+
+def renamed_classes(names: tuple[str, ...] | None, override: Sequence[str]) -> tuple[str, ...]:
+    """Return the names in place of a source's own; of those that are only numbers, None, there may be any number."""
+    if names is not None and (len(override) != len(names) or not names):
+        raise DataError(f"data.class_names: expected {_listed(names)}, got {_listed(tuple(override))}")
+    return tuple(override)
+
+
+def wrong_label(where: str, names: tuple[str, ...], label: int | str) -> DataError:
+    """Return the error for a label that is none of the classes."""
+    return DataError(
+        f"{where}: expected a label in 0..{len(names) - 1} for {_listed(names)}, or -1 for none, got {label!r}"
+    )
 
 
 def _listed(names: Sequence[str] | None) -> str:

@@ -26,12 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from farmer_examples.average import Average
-from farmer_examples.batches import Batch, Batches
+from farmer_examples.batches import Batch, Batches, Feed
 from farmer_examples.config import Config, ConfigError, load_config
 from farmer_examples.model import lacks_float64
 from farmer_examples.parallel import checkpoint_activations, compile_layers, sharding
 from farmer_examples.resumption import State, together
 from farmer_examples.storage import Checkpoint, checkpoints, prune, published, set_aside
+from farmer_examples.streaming import Stream, StreamLoader
 
 __all__ = ["Course", "Loop", "PreemptedError", "TrainingError", "computes_in_bf16", "resumed_config", "short_attention"]
 
@@ -60,8 +61,6 @@ class Course:
     seconds: float = 0.0
     skipped: int = 0
     """Steps passed over because their gradient was not finite."""
-    skipped_images: int = 0
-    """Of a stream, passed over by this process because they were not sound."""
     loss_sum: float = 0.0
     loss_count: int = 0
     """Of the batches since the last evaluation whose loss was finite."""
@@ -139,19 +138,16 @@ class Loop(ABC):
         self.config, self.run = config, run
         self.accelerator = self._accelerator()
         set_seed(settings.seed)
+        self.parts = settings.parts(self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.parts
         with self.accelerator.main_process_first():
-            self.data, self.held_out = config.data.load("train"), config.data.load("test")
+            self.data, self.held_out = config.data.load_both()
         for name, part in [("training", self.data), ("held-out", self.held_out)]:
             if part.skipped:
                 self.accelerator.print(
                     f"skipped {part.skipped} files or rows of the {name} set that are no sound images"
                 )
-        self.parts = settings.parts(self.accelerator.num_processes)
-        self.accelerator.gradient_accumulation_steps = self.parts
-        if len(self.data) < settings.batch_size:
-            raise ConfigError(
-                f"{self.section}.batch_size={settings.batch_size} images a step, but there are {len(self.data)}"
-            )
+        self.feed = self._feed()
         module = self.build()
         self.course = Course()
         self.average = Average(module, settings.ema_decay)
@@ -161,22 +157,11 @@ class Loop(ABC):
             compile_layers(module)
         self.module, self.optimizer = self.accelerator.prepare(module, self._optimizer(module))
         self.average.follow(self.accelerator.unwrap_model(self.module))
-        self.feed = Batches(
-            self.data,
-            batch_size=settings.batch_size,
-            parts=self.parts,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-            seed=settings.seed,
-            num_workers=settings.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=_ignore_sigterm,
-        )
         self.state = State(
             self.accelerator, self.module, self.optimizer.optimizer, self.average, self.course, self.feed
         )
         self.generator = Generator(self.accelerator.device)
-        self.spoilt: float | None = None
+        self.unsound = 0
         self._resume(resume)
 
     def _accelerator(self) -> Accelerator:
@@ -196,6 +181,20 @@ class Loop(ABC):
         if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
             raise ConfigError(f"{self.section}.precision=fp16 needs a GPU: take bf16, fp32 or auto")
         return accelerator
+
+    def _feed(self) -> Feed:
+        settings, accelerator = self.settings, self.accelerator
+        share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        loading = {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": _ignore_sigterm}
+        if isinstance(self.data, Stream):
+            size = settings.batch_size // (accelerator.num_processes * self.parts)
+            return StreamLoader(self.data.share(**share), batch_size=size, workers=settings.workers, **loading)
+        if len(self.data) < settings.batch_size:
+            raise ConfigError(
+                f"{self.section}.batch_size={settings.batch_size} images a step, but there are {len(self.data)}"
+            )
+        sizes = {"batch_size": settings.batch_size, "parts": self.parts}
+        return Batches(self.data, **sizes, **share, seed=settings.seed, num_workers=settings.workers, **loading)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         settings = self.settings
@@ -313,9 +312,10 @@ class Loop(ABC):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            course.skipped_images += batch.skipped
-            with accelerator.accumulate(self.module):
-                with accelerator.autocast(), short_attention(accelerator.device, self.config.length):
+            self.unsound += batch.skipped
+            # the backward pass, too, may compute attention
+            with accelerator.accumulate(self.module), short_attention(accelerator.device, self.config.length):
+                with accelerator.autocast():
                     loss, figures = self.loss(self._augmented(batch), progress)
                 value = loss.item()
                 (losses if math.isfinite(value) else spoilt).append(value)
@@ -402,6 +402,9 @@ class Loop(ABC):
         """Score the averaged module, and enter the score in the course."""
         course = self.course
         scores = self.evaluate(module, train)
+        unsound = sum(gather_object([self.unsound]))
+        if unsound and self.accelerator.is_main_process:
+            self.bar.write(f"step {course.step}: {unsound} images of the stream, which are not sound, were passed over")
         if not math.isfinite(scores["held_out"]):
             raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         course.history.append({"step": course.step, "seconds": course.seconds, **scores})

@@ -298,7 +298,7 @@ class Farmer(
         labels: Tensor | None = None,
         *,
         draws: int = 8,
-        generator: Generator | None = None,
+        generator: Randomness = None,
     ) -> BitsPerDim:
         """Return the bits that a code built on the model spends on a dimension of discrete images.
 
@@ -309,7 +309,8 @@ class Farmer(
             images: ``(batch, channels, size, size)``, uint8 or floats in [-1, 1]; taken to their grey levels.
             labels: as in :meth:`log_prob`.
             draws: how many draws of the noise to average over.
-            generator: of the noise, on the images' device.
+            generator: of the noise, on the images' device; or a list of them, one for each image, which makes its score
+                independent of the others'.
 
         Raises:
             ValueError: as :meth:`log_prob`, or if ``draws`` is below 1, or images leave [-1, 1].

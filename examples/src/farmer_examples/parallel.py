@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from accelerate.utils import FullyShardedDataParallelPlugin
+from farmer_distill import InverseBlock
 from farmer_flow import AutoregressiveBlock, Transformer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -14,12 +15,12 @@ __all__ = ["checkpoint_activations", "compile_layers", "sharding"]
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Let backward passes compute activations anew: those within each block of a flow, and each layer elsewhere.
+    """Let backward passes compute activations anew, a block of a flow or student at a time, or else a layer.
 
     What is kept is the input of every block and layer. Names in state dicts stay as they are.
     """
     for name, child in module.named_children():
-        if isinstance(child, AutoregressiveBlock):
+        if isinstance(child, AutoregressiveBlock | InverseBlock):
             setattr(module, name, checkpoint_wrapper(child, preserve_rng_state=False))
         elif isinstance(child, Transformer):
             child.layers = nn.ModuleList(checkpoint_wrapper(layer, preserve_rng_state=False) for layer in child.layers)

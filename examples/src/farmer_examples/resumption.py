@@ -106,14 +106,14 @@ class State:
         if scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
         self.course.load_state_dict(shared)
+        own = {"feed": {}}
         if (folder / self._own).is_file():
             own = torch.load(folder / self._own, weights_only=True)
             torch.set_rng_state(own["random"])
             if self._on_gpu and "random on the GPU" in own:
                 torch.cuda.set_rng_state(own["random on the GPU"])
-            self.feed.load_state_dict(own["feed"])
-        else:
-            self.feed.seek(shared["images"])
+        if not self.feed.load_state_dict(own["feed"]) and not self.feed.seek(shared["images"]):
+            self.accelerator.print("other processes or workers than before read the stream, and do so in a new order")
 
     def _tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.module, self.optimizer)

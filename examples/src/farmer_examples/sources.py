@@ -1,4 +1,4 @@
-"""What a source of images is: digits, IDX files, a folder of images, parquet files or a dataset on the hub.
+"""What a source of images is: digits, IDX files, a folder of images, parquet files, tar shards or a hub's data set.
 
 Each is opened, undecoded, as its splits.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +26,28 @@ from sklearn.model_selection import train_test_split
 
 from farmer_examples.torchvision_operators import torchvision
 
-__all__ = ["DataError", "Split", "encoded_files", "find_images", "open_source"]
+__all__ = [
+    "DataError",
+    "Split",
+    "class_names_in",
+    "encoded_files",
+    "find_columns",
+    "find_images",
+    "open_source",
+    "open_stream",
+    "reading",
+]
 
 UNDERSTOOD = (
     '"digits"; a folder of IDX files (train-images-idx3-ubyte[.gz], ...); a folder of images; '
-    'a path or glob of .parquet files; a hub id "owner/name"'
+    'a path or glob of .parquet files or of .tar shards in the WebDataset layout; a hub id "owner/name"'
 )
+STREAMED = (
+    "a path or glob of .parquet files or of .tar shards in the WebDataset layout; "
+    'a hub id "owner/name", or a folder of such files laid out like a data set on the hub'
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # as datasets calls those that read the files
 # The first of these that a source has is held out. The validation split comes first: the best checkpoint is chosen on
 # it, and large data sets publish their test split without labels.
 TEST_SPLITS = ("validation", "valid", "val", "test")
@@ -71,9 +87,9 @@ def open_source(source: str) -> dict[str, Split]:
         if any(path.glob("*-idx[13]-ubyte*")):
             return _open_idx(path)
         return _open_folder(path)
-    if path.suffix == ".parquet":
-        return {"train": _open_parquet(str(path))}
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.exists():
+    if path.suffix in BUILDERS:
+        return {"train": _open_shards(str(path))}
+    if HUB_ID.fullmatch(source) and not path.exists():
         return _open_hub(source, hint=_nearest(path))
     raise DataError(f"data.source {source!r} is not understood{_nearest(path)}; expected {UNDERSTOOD}")
 
@@ -221,17 +237,25 @@ def find_images(folder: Path, recursive: bool = True) -> tuple[list[Path], list[
     return sorted(images), sorted(strays)
 
 
-def _open_parquet(pattern: str) -> Split:
+def _find_shards(pattern: str) -> list[str]:
+    """Return the parquet files or tar shards that a path or glob names."""
     files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
     if not files:
-        raise DataError(f"data.source {pattern!r}: expected parquet files, found none{_nearest(Path(pattern))}")
-    for file in files:  # datasets would not say which of them is broken
+        kind, hint = Path(pattern).suffix[1:], _nearest(Path(pattern))
+        raise DataError(f"data.source {pattern!r}: expected {kind} files, found none{hint}")
+    return files
+
+
+def _open_shards(pattern: str) -> Split:
+    builder, files = BUILDERS[Path(pattern).suffix], _find_shards(pattern)
+    for file in files if builder == "parquet" else ():  # datasets would not say which of them is broken
         try:
             pyarrow.parquet.read_schema(file)
         except (OSError, ValueError) as error:
             raise DataError(f"{file}: expected a parquet file, got {error}") from error
     data_files = {"train": [glob.escape(file) for file in files]}
-    return _split_of(_load(pattern, "parquet", data_files=data_files, split="train"), pattern)
+    rows = _load(pattern, builder, data_files=data_files, split="train")
+    return _split_of(rows.flatten() if isinstance(rows.features.get("json"), dict) else rows, pattern)
 
 
 def _open_hub(source: str, hint: str) -> dict[str, Split]:
@@ -246,49 +270,87 @@ def _open_hub(source: str, hint: str) -> dict[str, Split]:
     return splits
 
 
+def open_stream(source: str) -> tuple[datasets.IterableDataset, list[str]]:
+    """Open the train split of a source to be read shard by shard, and list its files, of which each is a shard."""
+    path = Path(source).expanduser()
+    if path.suffix in BUILDERS and not path.is_dir():
+        files = _find_shards(str(path))
+        with reading(files[0]):  # the only one that is looked into
+            data_files = {"train": [glob.escape(file) for file in files]}
+            builder = datasets.load_dataset_builder(BUILDERS[path.suffix], data_files=data_files)
+            return builder.as_streaming_dataset("train"), files
+    refusal = DataError(f"data.source {source!r} cannot be streamed{_nearest(path)}; expected {STREAMED}")
+    laid_out = path.is_dir() and any(file.suffix in BUILDERS for file in path.rglob("*"))
+    if not laid_out and (path.exists() or not HUB_ID.fullmatch(source)):
+        raise refusal
+    with reading(f"data.source {source!r}"):
+        builder = datasets.load_dataset_builder(str(path) if laid_out else source)
+        found = builder.as_streaming_dataset()
+    if builder.name not in BUILDERS.values():
+        raise refusal
+    if "train" not in found and len(found) > 1:
+        raise DataError(f"{source}: expected a split train, found {', '.join(found)}")
+    split = "train" if "train" in found else next(iter(found))
+    return found[split], list(builder.config.data_files[split])
+
+
 def _load(source: str, *args: Any, **options: Any) -> Any:
-    """Call `datasets.load_dataset` quietly, and say which source it failed on."""
+    with reading(f"data.source {source!r}"):
+        return datasets.load_dataset(*args, **options)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Keep datasets quiet, and say what it failed to read."""
     with _quiet_datasets():
         try:
-            return datasets.load_dataset(*args, **options)
+            yield
         except Exception as error:  # datasets, the hub and Arrow raise errors of their own without a common base
             cause = error.__cause__ or error
-            raise DataError(f"data.source {source!r} cannot be loaded: {type(cause).__name__}: {cause}") from error
+            raise DataError(f"{what} cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error is raised as one
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of every local file
     try:
         yield
     finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
         datasets.logging.set_verbosity(verbosity)
         if not bars:
             datasets.enable_progress_bars()
 
 
 def _split_of(rows: datasets.Dataset, origin: str) -> Split:
-    """Find the columns of images and labels by their features."""
+    image, label = find_columns(rows.features, origin)
+    if len(rows) == 0:
+        raise DataError(f"{origin}: expected rows with a column of images, got none of {rows.features}")
+    numbers, names = _labels_in(rows, label, origin)
+    rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return Split(rows, numbers, names, origin, _all_rows(numbers))
+
+
+def find_columns(features: Mapping[str, Any], origin: str) -> tuple[str, str | None]:
+    """Find the columns of images and of labels, if there are any, by their features."""
 
     def encodes_images(feature: Any) -> bool:
         if isinstance(feature, dict):
             return "bytes" in feature
         return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
-    features = rows.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     images = images or [name for name, feature in features.items() if encodes_images(feature)]
-    image = _only(images, ("image", "img"), origin)
-    if image is None or len(rows) == 0:
-        raise DataError(f"{origin}: expected rows with a column of images, got {len(rows)} rows of {features}")
+    image = _only(images, ("image", "img", "jpg", "jpeg", "png", "webp"), origin)
+    if image is None:
+        raise DataError(f"{origin}: expected a column of images, got {dict(features)}")
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    common = ("label", "labels", "class", "target", "fine_label")
-    label = _only(labels or [name for name in common if name in features], common, origin)
-    numbers, names = _labels_in(rows, label, origin)
-    rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    return Split(rows, numbers, names, origin, _all_rows(numbers))
+    common = ("label", "labels", "class", "target", "fine_label", "cls", "json.label")
+    return image, _only(labels or [name for name in common if name in features], common, origin)
 
 
 def _only(found: Sequence[str], preferred: Sequence[str], origin: str) -> str | None:
@@ -305,13 +367,20 @@ def _labels_in(rows: datasets.Dataset, column: str | None, origin: str) -> tuple
     """Return labels int64 `(n,)`, -1 for a null, and class names: None where labels are only numbers."""
     if column is None:
         return torch.full((len(rows),), -1), ()
-    feature = rows.features[column]
+    names = class_names_in(rows.features, column, origin)
     values = rows.data.column(column).to_pylist()
-    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+    if rows.features[column].dtype in ("string", "large_string"):
         names = tuple(sorted({value for value in values if value is not None}))
         number: Callable[[Any], int] = {name: label for label, name in enumerate(names)}.__getitem__
         return torch.tensor([-1 if value is None else number(value) for value in values]), names
-    if not isinstance(feature, datasets.ClassLabel) and not re.match("bool|u?int", getattr(feature, "dtype", "")):
+    return torch.tensor([-1 if value is None else int(value) for value in values]), names
+
+
+def class_names_in(features: Mapping[str, Any], column: str, origin: str) -> tuple[str, ...] | None:
+    """Return the class names that the feature of a column of labels has: None for numbers and words."""
+    feature = features[column]
+    if not isinstance(feature, datasets.ClassLabel) and not re.match(
+        "bool|u?int|(large_)?string", getattr(feature, "dtype", "")
+    ):
         raise DataError(f"{origin}: expected class labels, integers or strings in column {column!r}, got {feature}")
-    numbers = torch.tensor([-1 if value is None else int(value) for value in values])
-    return numbers, tuple(feature.names) if getattr(feature, "names", None) else None
+    return tuple(feature.names) if getattr(feature, "names", None) else None

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from farmer_examples.batches import Batch
 from farmer_examples.config import Config
-from farmer_examples.evaluation import evaluate
+from farmer_examples.evaluation import evaluate, mixture_figures
 from farmer_examples.loop import Course, Loop
 from farmer_examples.model import Farmer
 from farmer_examples.pictures import columns, grid, save_curves, save_image
@@ -18,6 +18,9 @@ from farmer_examples.pictures import columns, grid, save_curves, save_image
 __all__ = ["Training", "train"]
 
 WHITENED_TOKENS = 2**16
+
+COLLAPSED = 1.5
+"""A mixture with fewer components than these in use has collapsed."""
 
 
 def train(config: Config, run: Path, *, resume: bool = False) -> Course:
@@ -37,7 +40,7 @@ class Training(Loop):
         """Return a new model, its whitening fitted to images spread over the training set."""
         model = self.config.build(list(self.data.class_names))
         if self.config.model.whitening:
-            images, _ = self.data.__getitems__(self.data.spread(-(-WHITENED_TOKENS // model.flow.length)))
+            images = self.data.preview(-(-WHITENED_TOKENS // model.flow.length))
             generator = Generator().manual_seed(self.settings.seed)  # the same on every process
             model.fit_whitening(model.noised(images, progress=0.0, generator=generator))
         return model
@@ -68,7 +71,7 @@ class Training(Loop):
         unit = "bits/dim" if model.noise.kind == "uniform" else "nats/dim at the training noise"
         if train is not None and unit == "bits/dim":
             train = self._bits(train)
-        scores = {"train": train, "train_unit": unit, **scores}
+        scores = {"train": train, "train_unit": unit, **scores, **mixture_figures(model, self.held_out)}
         if self.accelerator.is_main_process:
             self._report(model, scores)
         return scores
@@ -79,7 +82,12 @@ class Training(Loop):
             f"step {course.step}: held out {scores['held_out']:.4f} bits/dim "
             f"(± {scores['held_out_error']:.4f} over {scores['images']} images)"
         )
-        self.accelerator.log({"held out/bits per dim": scores["held_out"]}, step=course.step)
+        of = {"components": model.prior.components, "shared_components": model.prior.redundant_components}
+        for name in of.keys() & scores.keys():
+            if scores[name] < COLLAPSED < of[name]:
+                self.bar.write(f"step {course.step}: {scores[name]:.1f} of {of[name]} {name.replace('_', ' ')} in use")
+        numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
+        self.accelerator.log({f"held out/{name}": value for name, value in numbers.items()}, step=course.step)
         save_curves([*course.history, {"step": course.step, **scores}], self.run / "curves.png")
         if self.settings.samples:
             self._draw(model)

@@ -1,6 +1,6 @@
 """One-step inverses of autoregressive flows, learned by distillation."""
 
 from farmer_distill.loss import block_errors, distillation_loss
-from farmer_distill.student import OneStepInverse
+from farmer_distill.student import InverseBlock, OneStepInverse
 
-__all__ = ["OneStepInverse", "block_errors", "distillation_loss"]
+__all__ = ["InverseBlock", "OneStepInverse", "block_errors", "distillation_loss"]

@@ -9,7 +9,26 @@ import torch
 from farmer_flow import AutoregressiveBlock, AutoregressiveFlow, check_tokens
 from torch import Tensor, nn
 
-__all__ = ["OneStepInverse"]
+__all__ = ["InverseBlock", "OneStepInverse"]
+
+
+class InverseBlock(nn.Module):
+    """A block of the flow that maps latents to tokens: all at once, from the latents before each.
+
+    Args:
+        block: whose parameters it takes as its own.
+    """
+
+    def __init__(self, block: AutoregressiveBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Map ``(batch, length, dim)`` latents to tokens of that shape; labels are ``(batch,)``, or None for none."""
+        block = self.block
+        z = block.in_order(z)
+        x = block.undo(z[:, :-1], z[:, 1:], block.condition(labels, z))
+        return block.in_order(torch.cat([z[:, :1], x], dim=1))
 
 
 class OneStepInverse(nn.Module):
@@ -46,14 +65,13 @@ class OneStepInverse(nn.Module):
 
     def __init__(self, blocks: nn.ModuleList, length: int, dim: int, classes: int) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks = nn.ModuleList(InverseBlock(cast(AutoregressiveBlock, block)) for block in blocks)
         self.length, self.dim, self.classes = length, dim, classes
 
     @classmethod
     def from_flow(cls, flow: AutoregressiveFlow) -> OneStepInverse:
         """Return a student that starts from a copy of a flow's blocks; the flow stays as it is."""
-        blocks = copy.deepcopy(flow.blocks)
-        blocks.requires_grad_(True)
+        blocks = copy.deepcopy(flow.blocks).requires_grad_(True)
         return cls(blocks, flow.length, flow.dim, flow.classes)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -78,11 +96,5 @@ class OneStepInverse(nn.Module):
         """
         states = [check_tokens(z, labels, self.length, self.dim, self.classes)]
         for block in reversed(self.blocks):
-            states.append(_undone(cast(AutoregressiveBlock, block), states[-1], labels))
+            states.append(block(states[-1], labels))
         return states[::-1]
-
-
-def _undone(block: AutoregressiveBlock, z: Tensor, labels: Tensor | None) -> Tensor:
-    z = block.in_order(z)
-    x = block.undo(z[:, :-1], z[:, 1:], block.condition(labels, z))
-    return block.in_order(torch.cat([z[:, :1], x], dim=1))

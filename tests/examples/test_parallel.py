@@ -1,0 +1,52 @@
+"""What is done to a model from outside changes what it costs, and nothing else."""
+
+import pytest
+import torch
+from farmer_ar import LatentPrior
+from farmer_distill import OneStepInverse
+from farmer_examples.parallel import checkpoint_activations, compile_layers
+from farmer_flow import AutoregressiveFlow
+
+FLOW = AutoregressiveFlow(3, 8, width=16, blocks=3, layers=2, head_dim=8, classes=2)
+PRIOR = LatentPrior(3, 8, informative_dim=2, width=16, layers=2, head_dim=8, components=2, classes=2)
+LOSSES = {
+    "flow": (lambda: FLOW, lambda flow, x, y: flow(x, y)[0].square().mean() - flow(x, y)[1].mean()),
+    "student": (lambda: OneStepInverse.from_flow(FLOW), lambda student, x, y: student(x, y).square().mean()),
+    "prior": (lambda: PRIOR, lambda prior, x, y: -prior.log_prob(x, y).mean()),
+}
+
+
+def gradients(module, loss):
+    module.zero_grad()
+    x, y = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, -1, 0])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        value = loss(module, x, y)
+    value.backward()
+    return value, [parameter.grad.clone() for parameter in module.parameters()], sum(saved)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_activation_checkpointing_keeps_value_and_gradients_and_less(disturb, name):
+    make, loss = LOSSES[name]
+    module = disturb(make(), deviation=0.1)
+    names = list(module.state_dict())
+    value, expected, kept = gradients(module, loss)
+    checkpoint_activations(module)
+    same, ours, kept_now = gradients(module, loss)
+    assert torch.equal(same, value)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert kept_now < 0.5 * kept
+    assert [key.replace("_checkpoint_wrapped_module.", "") for key in module.state_dict()] == names
+
+
+@pytest.mark.slow
+def test_compilation_keeps_value_and_gradients(disturb):
+    make, loss = LOSSES["flow"]
+    module = disturb(make(), deviation=0.1)
+    value, expected, _ = gradients(module, loss)
+    compile_layers(module)
+    same, ours, _ = gradients(module, loss)
+    torch.testing.assert_close(same, value)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
