@@ -28,7 +28,7 @@ format: $(HATCH) ## put all files into format
 	$(RUN) ruff format .
 
 bench: $(HATCH) ## run the benchmarks
-	@for name in shared_mixture cached_decoding training_step inversion guided_decoding guidance_accuracy; do echo "== $$name"; $(RUN) python benchmarks/$$name.py || exit 1; done
+	@for name in shared_mixture cached_decoding training_step processes inversion guided_decoding guidance_accuracy; do echo "== $$name"; $(RUN) python benchmarks/$$name.py || exit 1; done
 
 clean: ## remove the environments
 	rm -rf .hatch .venv

@@ -1,6 +1,7 @@
 """A training step, plain and with each way of saving time or memory, against the machine's matrix products.
 
 Times are the median of forms run by turns. Memory is what a step holds at most beyond the weights and the optimiser.
+What checkpointing computes twice counts once.
 """
 
 import argparse
@@ -11,8 +12,8 @@ import torch
 from farmer_examples.config import load_config
 from farmer_examples.loop import computes_in_bf16, short_attention
 from farmer_examples.parallel import checkpoint_activations, compile_layers
+from farmer_examples.plan import Rehearsal
 from measure import machine, median_seconds, peak_bytes
-from torch.utils.flop_counter import FlopCounterMode
 
 FORMS = ["plain", "compiled", "checkpointed", "unchunked"]
 
@@ -43,9 +44,8 @@ def main():
             step(dtype)  # compiles
             peaks[name, dtype] = peak_bytes(lambda step=step, dtype=dtype: step(dtype), device)
             steps[name, dtype] = lambda step=step, dtype=dtype: step(dtype)
-    with FlopCounterMode(display=False) as counter:
-        step_of(config, "plain", options.batch_size, device)(torch.float32)
-    flops = counter.get_total_flops()
+    names = [str(label) for label in range(10)]
+    flops = Rehearsal(config, names, torch.float32, checkpointing=False).step(options.batch_size).flops
     squares = {dtype: torch.randn(options.side, options.side, device=device).to(dtype) for dtype in dtypes}
     products = {("product", dtype): lambda square=square: square @ square for dtype, square in squares.items()}
     seconds = median_seconds({**steps, **products}, options.repeats, device)
@@ -72,7 +72,7 @@ def main():
 
 
 def step_of(config, form, batch_size, device):
-    """Return a function that takes a whole training step in a precision; FLOPs made twice by checkpointing count once."""
+    """Return a function that takes a whole training step in a precision."""
     model = config.build([str(label) for label in range(10)]).to(device)
     if form == "checkpointed":
         checkpoint_activations(model)

@@ -9,12 +9,16 @@ original = AcceleratorState.__init__
 
 def initialise(self, *arguments, fsdp_plugin=None, **options):
     original(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
-    if fsdp_plugin is None:  # a further view of the state that there is
-        return
-    self.fsdp_plugin = fsdp_plugin
-    self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if fsdp_plugin is not None:  # which a further view of the state that there is lacks
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def use_fsdp():
+    """Let Accelerate shard on the CPU where its environment asks for it."""
+    AcceleratorState.__init__ = initialise
 
 
 if __name__ == "__main__":
-    AcceleratorState.__init__ = initialise
+    use_fsdp()
     main()

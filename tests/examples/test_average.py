@@ -34,7 +34,7 @@ def test_without_decay_the_newest_weights_stand_for_the_average_and_take_no_memo
     assert average.kept == {}
 
 
-def test_the_average_has_weights_only_while_they_are_asked_for_and_its_own_buffers_always():
+def test_the_average_has_weights_only_while_they_are_asked_for_and_the_buffers_of_training():
     model = nn.BatchNorm1d(3)
     average = Average(model, 0.9)
     average.follow(model)
@@ -42,6 +42,6 @@ def test_the_average_has_weights_only_while_they_are_asked_for_and_its_own_buffe
     assert average.module.weight.is_meta
     with average.whole() as averaged:
         assert torch.equal(averaged.weight, torch.ones(3))
+        assert torch.equal(averaged.running_mean, torch.full((3,), 5.0))
         assert not averaged.training
     assert average.module.weight.is_meta
-    assert torch.equal(average.module.running_mean, torch.zeros(3))

@@ -88,3 +88,26 @@ def test_a_bad_file_is_explained(tmp_path):
         path.write_text(content)
         with pytest.raises(ConfigError, match=message):
             load_config(path)
+
+
+def test_processes_that_cannot_share_a_batch_are_told_so():
+    with pytest.raises(ConfigError, match="batch_size=128 must be a multiple of the 3 processes"):
+        load_config("digits").training.parts(3)
+
+
+@pytest.mark.parametrize(
+    ("most", "processes", "parts"), [("null", 2, 1), (64, 1, 2), (40, 1, 4), (5, 4, 8), (1, 2, 64)]
+)
+def test_a_share_is_taken_in_the_fewest_equal_parts(most, processes, parts):
+    config = load_config("digits", [f"training.micro_batch_size={most}"])
+    assert config.training.parts(processes) == parts
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("data.streaming=true", "needs data.test_source"), ("data.limit=5", "limit is not for streaming=true")],
+)
+def test_a_stream_that_cannot_be_is_explained(override, message):
+    more = ["data.streaming=true", "data.test_source=x.parquet"] if "limit" in override else []
+    with pytest.raises(ConfigError, match=message):
+        load_config("digits", [*more, override])

@@ -34,7 +34,11 @@ class Average:
         """The averages, by the names that the plain module has for them."""
 
     def follow(self, module: nn.Module) -> None:
-        """Start from the weights of the module in training, the same module but for its wrapping, and follow them."""
+        """Start from the weights of the module in training, the same module but for its wrapping, and follow them.
+
+        Its buffers are taken as they are.
+        """
+        self._buffers = dict(zip((name for name, _ in self.module.named_buffers()), module.buffers(), strict=True))
         self._followed = [parameter.detach() for parameter in module.parameters()]
         weights = [weight.clone() for weight in self._followed] if self.decay else self._followed
         self.weights = dict(zip(self._hollow, weights, strict=True))
@@ -61,9 +65,10 @@ class Average:
         """
         # gathered from uneven shards, a weight is a view of more than itself, which safetensors would refuse
         weights = {name: w.full_tensor().clone() if isinstance(w, DTensor) else w for name, w in self.weights.items()}
-        self.module.load_state_dict(weights, strict=False, assign=True)  # not strict, because it has buffers
+        # not strict, because buffers need not be part of the state
+        self.module.load_state_dict({**weights, **self._buffers}, strict=False, assign=True)
         try:
-            yield self.module.to(next(iter(weights.values())).device)  # where the buffers go as well
+            yield self.module.to(next(iter(weights.values())).device)
         finally:
             self.module.load_state_dict(self._hollow, strict=False, assign=True)
 

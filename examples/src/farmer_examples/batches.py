@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from farmer_examples.data import ImageData
+from farmer_examples.data import DataError, ImageData
 
-__all__ = ["Batch", "Batches", "Feed"]
+__all__ = ["Batch", "Batches", "Feed", "without_traceback"]
 
 
 class Batch(NamedTuple):
@@ -84,9 +84,12 @@ class Batches:
             generator=Generator(),  # it would draw from torch's own, and a resumed training once more
             **self._loading,
         )
-        for batch in loader:
-            self.taken += len(batch.images) * self.processes
-            yield batch
+        try:
+            for batch in loader:
+                self.taken += len(batch.images) * self.processes
+                yield batch
+        except DataError as error:
+            raise without_traceback(error) from None
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many images all processes have taken."""
@@ -114,6 +117,11 @@ class Batches:
             start = batch * self.batch_size + self.process * share
             for part in order[start : start + share].chunk(self.parts):
                 yield (epoch * total + part).tolist()
+
+
+def without_traceback(error: DataError) -> DataError:
+    """Return an error as it was raised, also that of a worker, whose message ends with it after a traceback."""
+    return DataError(str(error).rsplit("DataError: ", 1)[-1].strip())
 
 
 class _Numbered(Dataset[Batch]):

@@ -176,6 +176,8 @@ class Schedule(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     evaluate_every: int = Field(default=1000, ge=1)
     """Steps between evaluations, each of which draws samples and writes a checkpoint."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints that are not evaluated, beside those that are; none if left out."""
     samples: int = Field(default=64, ge=0)
     """Images in each sample grid."""
     keep: int = Field(default=2, ge=1)

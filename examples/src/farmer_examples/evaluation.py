@@ -66,7 +66,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def mixture_figures(model: Farmer, data: ImageData, *, limit: int = 32) -> dict[str, float]:
+def mixture_figures(model: Farmer, data: ImageData, *, limit: int = 8) -> dict[str, float]:
     """Return what tells of mixtures that collapse, over a few images, for a model with a LatentPrior.
 
     Returns:

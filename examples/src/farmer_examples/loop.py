@@ -13,13 +13,21 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +39,7 @@ from farmer_examples.config import Config, ConfigError, load_config
 from farmer_examples.model import lacks_float64
 from farmer_examples.parallel import checkpoint_activations, compile_layers, sharding
 from farmer_examples.resumption import State, together
-from farmer_examples.storage import Checkpoint, checkpoints, prune, published, set_aside
+from farmer_examples.storage import Checkpoint, checkpoints, clear, prune, published, set_aside
 from farmer_examples.streaming import Stream, StreamLoader
 
 __all__ = ["Course", "Loop", "PreemptedError", "TrainingError", "computes_in_bf16", "resumed_config", "short_attention"]
@@ -173,11 +181,15 @@ class Loop(ABC):
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 cpu=lacks_float64(),
                 fsdp_plugin=sharding(),
+                # others wait while the main process fetches a data set or draws samples
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
                 log_with="tensorboard",
                 project_dir=self.run,
             )
         except ValueError as error:  # a precision that the hardware lacks
             raise ConfigError(f"{self.section}.precision={precision}: {error}") from error
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigError("DeepSpeed is not supported: shard with FSDP2, as configs/accelerate/fsdp.yaml does")
         if precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would take fp32
             raise ConfigError(f"{self.section}.precision=fp16 needs a GPU: take bf16, fp32 or auto")
         return accelerator
@@ -277,27 +289,32 @@ class Loop(ABC):
         self.prepare()
         self.started = time.perf_counter() - course.seconds
         self.waits: deque[float] = deque(maxlen=20)
-        batches = iter(self.feed)
-        while True:
-            figures = self._step(batches)
-            self._show(figures)
-            done = course.step >= settings.steps or self._progress(course.seconds) >= 1
-            due = done or course.step % settings.evaluate_every == 0
-            told = accelerator.check_trigger() and not done
-            if due or told:
-                pause = time.perf_counter()
-                with self.average.whole() as module:
-                    if due and not told:  # there may be seconds left to save in
-                        self._evaluate(module, self._mean_loss())
-                    self._save(module, course.history[-1] if due and not told else {"step": course.step})
-                self.started += time.perf_counter() - pause  # the schedule counts the training alone
-            if done or told:
-                self.bar.close()
-                accelerator.end_training()
-            if told:
-                raise PreemptedError(f"told to end, and saved at step {course.step}: go on with --resume")
-            if done:
-                return course
+        # workers that are left alone keep a process that fails from ending
+        with contextlib.closing(iter(self.feed)) as batches:
+            while True:
+                self._show(self._step(batches))
+                done = course.step >= settings.steps or self._progress(course.seconds) >= 1
+                told = accelerator.check_trigger() and not done
+                self._keep(done, told)
+                if done or told:
+                    self.bar.close()
+                    accelerator.end_training()
+                if told:
+                    raise PreemptedError(f"told to end, and saved at step {course.step}: go on with --resume")
+                if done:
+                    return course
+
+    def _keep(self, done: bool, told: bool) -> None:
+        """Evaluate and save where it is time to; the schedule counts the training alone."""
+        settings, course = self.settings, self.course
+        pause = time.perf_counter()
+        if (done or course.step % settings.evaluate_every == 0) and not told:  # there may be seconds left to save in
+            with self.average.whole() as module:
+                self._evaluate(module, self._mean_loss())
+            self._save(course.history[-1])
+        elif told or (settings.save_every and course.step % settings.save_every == 0):
+            self._save({"step": course.step})
+        self.started += time.perf_counter() - pause
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Take one step of the optimiser, over all parts of its batch, and return its figures."""
@@ -306,7 +323,7 @@ class Loop(ABC):
         lr = self._lr(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses, spoilt = [], []
+        losses, spoilt, figures = [], [], []
         waited = 0.0
         for _ in range(self.parts):
             asked = time.perf_counter()
@@ -316,7 +333,8 @@ class Loop(ABC):
             # the backward pass, too, may compute attention
             with accelerator.accumulate(self.module), short_attention(accelerator.device, self.config.length):
                 with accelerator.autocast():
-                    loss, figures = self.loss(self._augmented(batch), progress)
+                    loss, told = self.loss(self._augmented(batch), progress)
+                figures.append(told)
                 value = loss.item()
                 (losses if math.isfinite(value) else spoilt).append(value)
                 if spoilt:
@@ -331,7 +349,8 @@ class Loop(ABC):
         sound, scaled = math.isfinite(norm), settings.precision == "fp16"
         if not sound:
             spoilt = gather_object(spoilt)
-            if spoilt or not scaled:  # a gradient beyond fp16 is its scaler's to pass over
+            # a gradient beyond fp16 is its scaler's to pass over, as long as that has room to scale it down
+            if spoilt or not scaled or accelerator.scaler.get_scale() < 1:
                 self._skip(spoilt[0] if spoilt else losses[-1], norm)
         if sound or scaled:
             self.optimizer.step()
@@ -339,7 +358,7 @@ class Loop(ABC):
         if sound and not accelerator.optimizer_step_was_skipped:
             self.average.update()
         mean = sum(losses) / len(losses) if losses else math.nan
-        return {"loss": mean, **figures, "grad_norm": norm, "lr": lr}
+        return {"loss": mean, **_joined(figures), "grad_norm": norm, "lr": lr}
 
     def _augmented(self, batch: Batch) -> Batch:
         """Move a batch to the device, mirror some of its images and drop some of its labels."""
@@ -359,11 +378,18 @@ class Loop(ABC):
 
     def _mean_loss(self) -> float | None:
         """Return the mean loss since the last time, over all processes; None if none was finite."""
+        total, count = self._pool_losses()
+        self.course.loss_sum, self.course.loss_count = 0.0, 0
+        return total / count if count else None
+
+    def _pool_losses(self) -> tuple[float, int]:
+        """Leave the losses of all processes to the main one, whose course is what is saved."""
         course = self.course
         parts = gather_object([(course.loss_sum, course.loss_count)])
-        course.loss_sum, course.loss_count = 0.0, 0
         total, count = (sum(column) for column in zip(*parts, strict=True))
-        return total / count if count else None
+        main = self.accelerator.is_main_process
+        course.loss_sum, course.loss_count = (total, count) if main else (0.0, 0)
+        return total, count
 
     def _skip(self, loss: float, norm: float) -> None:
         """Count a step that is passed over, the same on every process.
@@ -409,7 +435,7 @@ class Loop(ABC):
             raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         course.history.append({"step": course.step, "seconds": course.seconds, **scores})
 
-    def _save(self, module: nn.Module, metrics: dict[str, Any]) -> None:
+    def _save(self, metrics: dict[str, Any]) -> None:
         """Write a checkpoint with all processes; it joins the run when all of them have written theirs."""
         main, checkpoint = self.accelerator.is_main_process, Checkpoint.unpublished(self.run, self.course.step)
 
@@ -417,9 +443,12 @@ class Loop(ABC):
             checkpoint.publish(metrics)
             prune(self.run, self.settings.keep)
 
+        self._pool_losses()
         problem = together(lambda: main and checkpoint.begin())
         problem = problem or together(lambda: self.state.write(checkpoint.state))
-        problem = problem or together(lambda: main and self.save(module, checkpoint.model, metrics.get("held_out")))
+        if not problem:
+            with self.average.whole() as module:
+                problem = together(lambda: main and self.save(module, checkpoint.model, metrics.get("held_out")))
         problem = problem or together(lambda: main and publish())
         if problem:
             if main:
@@ -432,6 +461,8 @@ class Loop(ABC):
     def _resume(self, resume: bool) -> None:
         """Take up the newest checkpoint that can be read; those that cannot are renamed, and named."""
         failed: list[tuple[Checkpoint, str]] = []
+        if self.accelerator.is_main_process:
+            clear(self.run)
         found = broadcast_object_list([checkpoints(self.run) if resume else []])[0]
         for saved in reversed(found):
             problem = together(lambda state=saved.state: self.state.read(state))
@@ -444,6 +475,8 @@ class Loop(ABC):
                     set_aside(damaged)
             if failed and self.accelerator.is_main_process:
                 prune(self.run, self.settings.keep)
+            if not self.accelerator.is_main_process:  # which has the losses of all
+                self.course.loss_sum, self.course.loss_count = 0.0, 0
             self.accelerator.print(f"resuming from {saved.path}")
             return
         if failed:
@@ -454,6 +487,8 @@ class Loop(ABC):
 
     def _show(self, figures: dict[str, float]) -> None:
         settings, course = self.settings, self.course
+        if course.step % 20 == 0:
+            figures = _joined(gather_object([figures]))
         if not self.accelerator.is_main_process:
             return
         if settings.minutes is not None and course.step % 20 == 0:
@@ -481,6 +516,12 @@ class Loop(ABC):
 
 def _shortened(problem: str) -> str:
     return textwrap.shorten(problem, 200, placeholder=" ...")
+
+
+def _joined(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Return the figures of several parts of a batch as one: those that end in ``_max`` by their maximum."""
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: max(c) if name.endswith("_max") else statistics.fmean(c) for name, c in columns.items()}
 
 
 def _norm(norm: Tensor) -> float:

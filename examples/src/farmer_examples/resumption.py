@@ -46,8 +46,13 @@ def together(action: Callable[[], Any]) -> str:
     try:
         action()
     except FAILURES as error:
-        problem = f"{error}" or type(error).__name__
+        problem = str(_cause(error)) or type(error).__name__
     return next(filter(None, gather_object([problem])), "")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what went wrong on the first of the processes that wrote or read together, without its traceback."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 class _Stateful(Protocol):
@@ -86,6 +91,7 @@ class State:
             shared = {
                 **self.course.state_dict(),
                 "updates": self.average.updates,
+                "processes": self.accelerator.num_processes,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             (folder / COURSE).write_text(json.dumps(shared, indent=2) + "\n")
@@ -102,12 +108,12 @@ class State:
             optim_state_dict=tensors["optimizer"],
         )
         shared = json.loads((folder / COURSE).read_text())
-        scaler, self.average.updates = shared.pop("scaler"), shared.pop("updates")
+        scaler, processes, self.average.updates = (shared.pop(key) for key in ("scaler", "processes", "updates"))
         if scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
         self.course.load_state_dict(shared)
         own = {"feed": {}}
-        if (folder / self._own).is_file():
+        if processes == self.accelerator.num_processes:
             own = torch.load(folder / self._own, weights_only=True)
             torch.set_rng_state(own["random"])
             if self._on_gpu and "random on the GPU" in own:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Checkpoint", "checkpoints", "find_model", "prune", "published", "set_aside"]
+__all__ = ["Checkpoint", "checkpoints", "clear", "find_model", "prune", "published", "set_aside"]
 
 METRICS = "metrics.json"
 
@@ -123,7 +123,12 @@ def prune(run: Path, keep: int) -> None:
     for old in checkpoints(run)[:-keep]:
         if winner is None or old.path != winner.path:
             shutil.rmtree(_aside(old.path))
-    for partial in (run / "checkpoints").glob(".partial-*"):  # of a run that was killed while it wrote
+    clear(run)
+
+
+def clear(run: Path) -> None:
+    """Remove what a run that was killed while it wrote has left of a checkpoint."""
+    for partial in (run / "checkpoints").glob(".partial-*"):
         shutil.rmtree(partial)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from farmer_examples.batches import Batch
+from farmer_examples.batches import Batch, without_traceback
 from farmer_examples.data import decode_image, renamed_classes, wrong_label
 from farmer_examples.sources import DataError, class_names_in, find_columns, open_stream, reading
 
@@ -255,14 +255,15 @@ class StreamLoader:
                 pin_memory=pin_memory,
                 worker_init_fn=worker_init_fn,
                 snapshot_every_n_steps=1,
+                generator=torch.Generator(),  # it would draw from torch's own, and a resumed training once more
             )
 
     def __iter__(self) -> Iterator[Batch]:
         try:
             yield from self._loader
-        except DataError as error:  # that of a worker ends, after its traceback, with the name and message
+        except DataError as error:
             traceback.clear_frames(error.__traceback__)  # in a cycle with the workers, it would delay their end
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+            raise without_traceback(error) from None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the batch that was yielded last, whatever workers have read beyond it."""

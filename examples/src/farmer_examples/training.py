@@ -11,9 +11,10 @@ from torch import Generator, Tensor, nn
 from farmer_examples.batches import Batch
 from farmer_examples.config import Config
 from farmer_examples.evaluation import evaluate, mixture_figures
-from farmer_examples.loop import Course, Loop
+from farmer_examples.loop import Course, Loop, TrainingError
 from farmer_examples.model import Farmer
 from farmer_examples.pictures import columns, grid, save_curves, save_image
+from farmer_examples.resumption import together
 
 __all__ = ["Training", "train"]
 
@@ -37,7 +38,7 @@ class Training(Loop):
     section = "training"
 
     def build(self) -> Farmer:
-        """Return a new model, its whitening fitted to images spread over the training set."""
+        """Return a new model, its whitening fitted to images spread over the training set, or to a stream's first."""
         model = self.config.build(list(self.data.class_names))
         if self.config.model.whitening:
             images = self.data.preview(-(-WHITENED_TOKENS // model.flow.length))
@@ -71,9 +72,15 @@ class Training(Loop):
         unit = "bits/dim" if model.noise.kind == "uniform" else "nats/dim at the training noise"
         if train is not None and unit == "bits/dim":
             train = self._bits(train)
-        scores = {"train": train, "train_unit": unit, **scores, **mixture_figures(model, self.held_out)}
-        if self.accelerator.is_main_process:
-            self._report(model, scores)
+        scores = {
+            "train": train,
+            "train_unit": unit,
+            **scores,
+            **mixture_figures(model, self.held_out, limit=min(8, settings.evaluation_images or 8)),
+        }
+        problem = together(lambda: self.accelerator.is_main_process and self._report(model, scores))
+        if problem:
+            raise TrainingError(f"step {self.course.step}: the pictures and curves cannot be written: {problem}")
         return scores
 
     def _report(self, model: Farmer, scores: dict[str, Any]) -> None:
