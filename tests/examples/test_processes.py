@@ -254,13 +254,18 @@ def write_digits(path, count):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(f"{path}-{shard}.parquet")
 
 
-def test_two_processes_distil_and_resume(runs):
-    run = str(runs / "ddp")
-    farmer("ddp", "distill", "--checkpoint", run, *SHORT)
+def test_two_processes_distil(runs):
+    farmer("ddp", "distill", "--checkpoint", str(runs / "ddp"), *SHORT)
     assert (checkpoints(runs / "ddp" / "distillation")[-1].model / STUDENT).is_file()
-    printed = farmer("ddp", "distill", "--checkpoint", run, "--resume", *SHORT, "distillation.steps=3")
+
+
+@pytest.mark.slow
+def test_a_sharded_student_resumes(runs):
+    run = ["--checkpoint", str(runs / "fsdp"), *SHORT, "distillation.activation_checkpointing=true"]
+    farmer("fsdp", "distill", *run)
+    printed = farmer("fsdp", "distill", *run, "--resume", "distillation.steps=3")
     assert printed.count("resuming from") == 1
-    assert checkpoints(runs / "ddp" / "distillation")[-1].step == 3
+    assert checkpoints(runs / "fsdp" / "distillation")[-1].step == 3
 
 
 def assert_equal(ours, theirs):

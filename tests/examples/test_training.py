@@ -360,7 +360,9 @@ def test_a_killed_training_goes_on_from_its_newest_checkpoint(tmp_path):
 
 def test_an_unforeseen_error_ends_the_process_also_beside_workers(tmp_path):
     """Which ignore the SIGTERM by which Python would end them."""
-    script = "from farmer_examples import Farmer\nfrom farmer_examples.__main__ import main\nFarmer.noised = None\nmain()"
+    script = (
+        "from farmer_examples import Farmer\nfrom farmer_examples.__main__ import main\nFarmer.noised = None\nmain()"
+    )
     arguments = ["train", "--config", "digits", "--output", str(tmp_path), *SMALL, "training.workers=1"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120, check=False

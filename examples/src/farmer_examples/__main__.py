@@ -1,4 +1,4 @@
-"""The command line: ``farmer train | distill | sample | sweep | likelihood | demo``."""
+"""The command line: ``farmer train | plan | distill | sample | sweep | likelihood | demo``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from farmer_examples.inverse import INVERSES, ExactInverse, inverse_of
 from farmer_examples.likelihood import save_likelihoods
 from farmer_examples.loop import CONFIG, PreemptedError, TrainingError, resumed_config
 from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
+from farmer_examples.plan import DEVICES, Device, plan
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
 from farmer_examples.sweep import stamp, sweep, table
@@ -33,6 +34,7 @@ RESTART = 75
 """Exit status of a training that was told to end and asks to be started again, EX_TEMPFAIL of sysexits.h."""
 
 SWEPT = {"guidance", "guidance_method", "guidance_options", "inverse"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT = "a run's folder (its best model), or a model's"
 OVERRIDES = "change a value of the configuration, as in training.batch_size=64"
 
@@ -90,6 +92,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", metavar="NAME", help=f"a YAML file, or one of: {', '.join(shipped_configs())}")
     command.add_argument("--output", type=Path, metavar="RUN", help="folder of the run (runs/NAME)")
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+    command = _command(commands, "plan", _plan, "tell what a training takes: memory, the batch that fits, days")
+    command.add_argument("--config", metavar="NAME", required=True, help="as of farmer train")
+    command.add_argument("--gpus", type=_positive, default=1, help="how many there are (1)")
+    command.add_argument("--device", choices=list(DEVICES), default="h100", help="each of them (h100)")
+    command.add_argument("--memory", type=_above_0, metavar="GIB", help="of each, for one that is not listed")
+    command.add_argument(
+        "--rate", type=_above_0, metavar="TFLOPS", help="of its dense matrix products in bf16, likewise"
+    )
+    command.add_argument(
+        "--sharded",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="FSDP: divide weights, gradients, optimiser and average among them; else each has a copy",
+    )
+    command.add_argument(
+        "--utilisation", type=_share, default=0.45, metavar="SHARE", help="of the rate that is reached (0.45)"
+    )
+    command.add_argument(
+        "--precision", choices=list(DTYPES), default="bf16", help="of matrix products, as to memory (bf16)"
+    )
+    command.add_argument(
+        "--classes", type=_positive, default=1000, help="how many, if the configuration does not name them (1000)"
+    )
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
     command = _command(commands, "distill", _distill, "teach a model's flow to a student that inverts it in one step")
@@ -216,7 +243,7 @@ def _add_guidance(command: argparse.ArgumentParser, more: str = "") -> None:
 def _add_tolerance(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=_above_0,
         default=1e-5,
         help="change at which the exact inverses that iterate, all but sequential, stop (1e-5)",
     )
@@ -248,11 +275,18 @@ def _factor(text: str) -> float:
     return factor
 
 
-def _tolerance(text: str) -> float:
-    tolerance = _factor(text)
-    if not tolerance:
+def _above_0(text: str) -> float:
+    number = _factor(text)
+    if not number:
         raise argparse.ArgumentTypeError("must be above 0")
-    return tolerance
+    return number
+
+
+def _share(text: str) -> float:
+    share = _above_0(text)
+    if share > 1:
+        raise argparse.ArgumentTypeError(f"must be a share, at most 1, got {text!r}")
+    return share
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -264,7 +298,21 @@ def _train(options: argparse.Namespace) -> None:
         raise ConfigError("name a configuration with --config, or a run to go on with by --output RUN --resume")
     run = options.output or Path("runs") / Path(options.config).stem
     train(config, run, resume=options.resume)
-    print(f"the best model is {find_model(run)}")
+    _print(f"the best model is {find_model(run)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    listed = DEVICES[options.device]
+    found = plan(
+        load_config(options.config, options.overrides),
+        Device(options.memory or listed.memory, options.rate or listed.rate),
+        gpus=options.gpus,
+        sharded=options.sharded,
+        utilisation=options.utilisation,
+        dtype=DTYPES[options.precision],
+        classes=options.classes,
+    )
+    print(found.table())
 
 
 def _distill(options: argparse.Namespace) -> None:
@@ -284,7 +332,13 @@ def _distill(options: argparse.Namespace) -> None:
     else:
         raise ConfigError(f"{options.checkpoint} is not a run: name its training's configuration with --config")
     distill(config, folder, run, resume=options.resume)
-    print(f"the student is {folder / STUDENT}: farmer sample --checkpoint {options.checkpoint} --inverse one-step")
+    _print(f"the student is {folder / STUDENT}: farmer sample --checkpoint {options.checkpoint} --inverse one-step")
+
+
+def _print(text: str) -> None:
+    """Print once, however many processes there are."""
+    if PartialState().is_main_process:
+        print(text)
 
 
 def _load(checkpoint: Path) -> Farmer:

@@ -264,6 +264,8 @@ class StreamLoader:
         except DataError as error:
             traceback.clear_frames(error.__traceback__)  # in a cycle with the workers, it would delay their end
             raise without_traceback(error) from None
+        finally:
+            self._loader.load_state_dict(self._loader.state_dict())  # which also lets the workers go
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the batch that was yielded last, whatever workers have read beyond it."""
