@@ -20,7 +20,7 @@ from farmer_examples.data import load_images
 from farmer_examples.evaluation import evaluate
 from farmer_examples.loop import TrainingError
 from farmer_examples.resumption import State
-from farmer_examples.storage import checkpoints
+from farmer_examples.storage import checkpoints, find_model
 from farmer_examples.training import train
 from farmer_flow import patchify
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -186,6 +186,15 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path, monkeypatch, capsys):
     (ours, model), (theirs, other) = weights(run), weights(tmp_path / "whole")
     assert_same(ours, theirs)
     assert_same(model.state_dict(), other.state_dict())
+
+
+def test_checkpoints_between_evaluations_have_no_score_and_are_never_the_best(tmp_path):
+    settings = ["training.evaluate_every=4", "training.save_every=2", "training.keep=5", "training.steps=7"]
+    train(config(*settings), tmp_path)
+    kept = {checkpoint.step: "held_out" in checkpoint.metrics for checkpoint in checkpoints(tmp_path)}
+    assert kept == {2: False, 4: True, 6: False, 7: True}
+    assert (tmp_path / "best").resolve().parent.name in ("step-00000004", "step-00000007")
+    assert find_model(tmp_path).parent.name in ("step-00000004", "step-00000007")
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
