@@ -50,18 +50,18 @@ def shipped_environment(name):
     return {k: v for k, v in prepare_multi_gpu_env(arguments).items() if k.startswith(("FSDP", "ACCELERATE"))}
 
 
-def launch(layout, *arguments, script=None):
+def launch(layout, *arguments, **environment):
     processes, sharding = LAYOUTS[layout]
-    script = script or ("fsdp_on_cpu.py" if sharding == "fsdp" else None)
-    program = [str(Path(__file__).with_name(script))] if script else ["-m", "farmer_examples"]
+    program = str(Path(__file__).with_name("launched.py"))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, *program, *arguments],
+        [sys.executable, *launcher, program, *arguments],
         env={
             **os.environ,
             **(shipped_environment("fsdp") if sharding == "fsdp" else {}),
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -201,7 +201,7 @@ def test_what_goes_wrong_on_one_process_concerns_all(layout, tmp_path):
     And where its part of a checkpoint cannot be read, both fall back to the one before.
     """
     arguments = ["train", "--config", "digits", "--output", str(tmp_path), *SMALL, "training.evaluate_every=2"]
-    process = launch(layout, *arguments, script="faulty.py")
+    process = launch(layout, *arguments, FAULTY="yes")
     output = process.communicate(timeout=250)[0]
     assert process.returncode
     assert "step 3: passed over, with a loss of nan" in output
@@ -261,9 +261,10 @@ def test_two_processes_distil(runs):
 
 @pytest.mark.slow
 def test_a_sharded_student_resumes(runs):
-    run = ["--checkpoint", str(runs / "fsdp"), *SHORT, "distillation.activation_checkpointing=true"]
-    farmer("fsdp", "distill", *run)
-    printed = farmer("fsdp", "distill", *run, "--resume", "distillation.steps=3")
+    run = ["distill", "--checkpoint", str(runs / "fsdp")]
+    settings = [*SHORT, "distillation.activation_checkpointing=true"]
+    farmer("fsdp", *run, *settings)
+    printed = farmer("fsdp", *run, "--resume", *settings, "distillation.steps=3")
     assert printed.count("resuming from") == 1
     assert checkpoints(runs / "fsdp" / "distillation")[-1].step == 3
 
