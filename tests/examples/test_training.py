@@ -23,6 +23,7 @@ from farmer_examples.resumption import State
 from farmer_examples.storage import checkpoints, find_model
 from farmer_examples.training import train
 from farmer_flow import patchify
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 SMALL = [
@@ -116,6 +117,9 @@ def test_resuming_is_exact(tmp_path):
     (ours, model), (theirs, other) = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert_same(ours, theirs)
     assert_same(model.state_dict(), other.state_dict())
+    logged = EventAccumulator(str(tmp_path / "parts" / "logs"))
+    logged.Reload()
+    assert [event.step for event in logged.Scalars("held out/held_out")] == [0, 5, 10], "what came later is dropped"
 
 
 def test_a_training_at_its_end_stays_as_it_is(tmp_path, capsys):
@@ -334,7 +338,8 @@ def test_more_images_a_step_than_there_are_is_explained(tmp_path):
         train(config("training.batch_size=128"), tmp_path)
 
 
-def test_a_killed_training_goes_on_from_its_newest_checkpoint(tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(16, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_a_killed_training_goes_on_from_its_newest_checkpoint(tmp_path, kills):
     """SIGKILL at random moments, writing checkpoints almost all the time: no unreadable one, no lost one.
 
     Each life resumes at the newest checkpoint that the one before had published, so it loses at most the work since.
@@ -344,7 +349,7 @@ def test_a_killed_training_goes_on_from_its_newest_checkpoint(tmp_path):
     command += ["--resume", *SMALL, "training.steps=100000", "training.evaluate_every=1", "training.keep=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     newest = 0
-    for _ in range(4):
+    for _ in range(kills):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 120
         while not [c for c in checkpoints(tmp_path) if c.step > newest] and time.monotonic() < deadline:
