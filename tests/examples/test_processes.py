@@ -123,7 +123,7 @@ def test_sharded_state_is_sharded(runs):
     assert max(sizes) < 0.65 * sum(sizes)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_resuming_on_the_same_layout_is_exact(runs, layout, tmp_path):
     """Weights, optimiser, average, course, and each process's random numbers and place in the data, to the last bit."""
     run = tmp_path / "run"
@@ -142,15 +142,8 @@ def test_resuming_on_the_same_layout_is_exact(runs, layout, tmp_path):
     assert (ours.model / "model.safetensors").read_bytes() == (theirs.model / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("fsdp", "one"),
-        pytest.param("one", "fsdp-3", marks=pytest.mark.slow),
-        pytest.param("fsdp", "ddp-4", marks=pytest.mark.slow),
-        pytest.param("ddp", "fsdp", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "one"), ("one", "fsdp-3"), ("fsdp", "ddp-4"), ("ddp", "fsdp")])
 def test_any_layout_resumes_from_any_other(runs, before, after, tmp_path):
     """And goes on with the images where the other stopped, so that it ends where one process does."""
     run = tmp_path / "run"
@@ -179,6 +172,7 @@ def test_bfloat16_rounds_the_same_under_sharding(tmp_path):
         assert ours["held_out"] == pytest.approx(theirs["held_out"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_makes_all_of_them_save(tmp_path):
     process = launch("fsdp", "train", "--config", "digits", "--output", str(tmp_path), *SMALL, "training.steps=100000")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -194,7 +188,8 @@ def test_sigterm_to_one_process_makes_all_of_them_save(tmp_path):
     assert {file.name for file in newest.state.glob("process-*")} == {"process-0-of-2.pt", "process-1-of-2.pt"}
 
 
-@pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_what_goes_wrong_on_one_process_concerns_all(layout, tmp_path):
     """A batch that is bad on the second alone is passed over by both; a write that fails on it fails on both.
 
@@ -219,6 +214,7 @@ def test_what_goes_wrong_on_one_process_concerns_all(layout, tmp_path):
     assert {int(state["step"]) for state in steps.values()} == {7}
 
 
+@pytest.mark.slow
 def test_each_process_has_a_place_of_its_own_in_a_stream(tmp_path):
     """Which checkpoints keep apart: a resumed run ends where the whole one does, though workers had read ahead."""
     for split, count in (("train", 90), ("test", 12)):
@@ -254,6 +250,7 @@ def write_digits(path, count):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(f"{path}-{shard}.parquet")
 
 
+@pytest.mark.slow
 def test_two_processes_distil(runs):
     farmer("ddp", "distill", "--checkpoint", str(runs / "ddp"), *SHORT)
     assert (checkpoints(runs / "ddp" / "distillation")[-1].model / STUDENT).is_file()

@@ -298,6 +298,8 @@ class Loop(ABC):
                 self._keep(done, told)
                 if done or told:
                     self.bar.close()
+                    # gloo's threads need the interpreter to let go of the last tensors, which the end would deny them
+                    accelerator.wait_for_everyone()
                     accelerator.end_training()
                 if told:
                     raise PreemptedError(f"told to end, and saved at step {course.step}: go on with --resume")
