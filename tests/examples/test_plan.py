@@ -11,8 +11,8 @@ from farmer_examples.average import Average
 from farmer_examples.config import load_config
 from farmer_examples.parallel import checkpoint_activations
 from farmer_examples.plan import GIB, Device, Rehearsal, Step, bounds, fixed_memory, plan
+from measure import peak_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 NAMES = list("0123456789")
@@ -55,18 +55,6 @@ def backward(model, batch, dtype=torch.float32):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         density = model(images)
     (-density.log_prob.mean() / model.dimensions).backward()
-
-
-def peak_bytes(form):
-    """Return the most that torch held at a time for a call, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        form()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ class Average:
         # what deepcopy finds in its memo it takes as the copy
         memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
         self.module = copy.deepcopy(module, memo).eval()
-        self._hollow = dict(self.module.named_parameters())
         """The module as it was, without weights except within :meth:`whole`."""
+        self._hollow = dict(self.module.named_parameters())
         self.weights: dict[str, Tensor] = {}
         """The averages, by the names that the plain module has for them."""
 
