@@ -6,16 +6,19 @@ What checkpointing computes twice counts once.
 
 import argparse
 import contextlib
+import copy
+import functools
 
 import farmer_ar.prior
 import torch
 from farmer_examples.config import load_config
 from farmer_examples.loop import computes_in_bf16, short_attention
-from farmer_examples.parallel import checkpoint_activations, compile_layers
+from farmer_examples.parallel import checkpoint_activations, compile_parts
 from farmer_examples.plan import Rehearsal
 from measure import machine, median_seconds, peak_bytes
 
-FORMS = ["plain", "compiled", "checkpointed", "unchunked"]
+FORMS = ["plain", "compiled", "checkpointed", "compiled-checkpointed", "unchunked"]
+NAMES = [str(label) for label in range(10)]
 
 
 def main():
@@ -38,14 +41,12 @@ def main():
     config = load_config(options.config, options.overrides)
     dtypes = [getattr(torch, name) for name in options.precision]
     steps, peaks = {}, {}
-    for name in options.forms:
-        step = step_of(config, name, options.batch_size, device)
+    for name, step in steps_of(config, options.forms, options.batch_size, device).items():
         for dtype in dtypes:
             step(dtype)  # compiles
             peaks[name, dtype] = peak_bytes(lambda step=step, dtype=dtype: step(dtype), device)
             steps[name, dtype] = lambda step=step, dtype=dtype: step(dtype)
-    names = [str(label) for label in range(10)]
-    flops = Rehearsal(config, names, torch.float32, checkpointing=False).step(options.batch_size).flops
+    flops = Rehearsal(config, NAMES, torch.float32, checkpointing=False).step(options.batch_size).flops
     squares = {dtype: torch.randn(options.side, options.side, device=device).to(dtype) for dtype in dtypes}
     products = {("product", dtype): lambda square=square: square @ square for dtype, square in squares.items()}
     seconds = median_seconds({**steps, **products}, options.repeats, device)
@@ -59,7 +60,7 @@ def main():
         for name in options.forms:
             rate, peak = flops / seconds[name, dtype], peaks[name, dtype]
             print(
-                f"  {name:12s} {options.batch_size / seconds[name, dtype]:8.2f} images/s, {rate / 1e9:8.1f} GFLOP/s "
+                f"  {name:21s} {options.batch_size / seconds[name, dtype]:8.2f} images/s, {rate / 1e9:8.1f} GFLOP/s "
                 f"({rate / limit:.0%} of the products' rate), {peak / 2**20:8.0f} MiB; against {options.forms[0]}: "
                 f"{seconds[name, dtype] / seconds[options.forms[0], dtype]:.2f}x the time, "
                 f"{peak / peaks[options.forms[0], dtype]:.2f}x the memory"
@@ -71,31 +72,37 @@ def main():
         print("this hardware has no matrix products in bfloat16, and only emulates them")
 
 
-def step_of(config, form, batch_size, device):
-    """Return a function that takes a whole training step in a precision."""
-    model = config.build([str(label) for label in range(10)]).to(device)
-    if form == "checkpointed":
-        checkpoint_activations(model)
-    if form == "compiled":
-        compile_layers(model)
+def steps_of(config, forms, batch_size, device):
+    """Return, for each form, a function that takes a whole training step in a precision: all train the same weights."""
+    with torch.device(device):
+        model = config.build(NAMES)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images = torch.rand(batch_size, *model.shape, device=device) * 2 - 1
-    labels = torch.randint(10, (batch_size,), device=device)
-    chunk = 2**62 if form == "unchunked" else farmer_ar.prior.CHUNK_NUMBERS
+    labels = torch.randint(len(NAMES), (batch_size,), device=device)
+    steps = {}
+    for form in forms:
+        # what deepcopy finds in its memo it takes as the copy
+        own = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        if "checkpointed" in form:
+            checkpoint_activations(own)
+        if "compiled" in form:
+            compile_parts(own)
+        chunk = 2**62 if form == "unchunked" else farmer_ar.prior.CHUNK_NUMBERS
+        steps[form] = functools.partial(take_step, own, optimizer, images, labels, chunk)
+    return steps
 
-    def step(dtype):
-        before, farmer_ar.prior.CHUNK_NUMBERS = farmer_ar.prior.CHUNK_NUMBERS, chunk
-        autocast = torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        with short_attention(model.device, model.flow.length):
-            with autocast:
-                loss = -model(images, labels).log_prob.mean() / model.dimensions
-            loss.backward()
-        farmer_ar.prior.CHUNK_NUMBERS = before
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return step
+def take_step(model, optimizer, images, labels, chunk, dtype):
+    before, farmer_ar.prior.CHUNK_NUMBERS = farmer_ar.prior.CHUNK_NUMBERS, chunk
+    autocast = torch.autocast(images.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    with short_attention(images.device, model.flow.length):
+        with autocast:
+            loss = -model(images, labels).log_prob.mean() / model.dimensions
+        loss.backward()
+    farmer_ar.prior.CHUNK_NUMBERS = before
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -101,13 +101,13 @@ def test_log_prob_is_the_product_of_its_factors(prior):
         total = torch.zeros(2, dtype=torch.float64)
         for i in range(LENGTH):
             token = z[:, i : i + 1, : prior.informative_dim]
-            total += prior.informative(hidden).log_prob(token).sum(1)
+            total += prior.informative.mixture(hidden).log_prob(token).sum(1)
             if i < prior._read:
                 embedded = prior.embed(token) + prior.position[prior.condition_repeats + i]
                 hidden = prior.transformer(embedded, cache)
         if prior.redundant is not None:
             for i in range(LENGTH):
-                total += prior.redundant(hidden[:, 0]).log_prob(z[:, i, prior.informative_dim :])
+                total += prior.redundant.mixture(hidden[:, 0]).log_prob(z[:, i, prior.informative_dim :])
         torch.testing.assert_close(prior.log_prob(z, LABELS), total)
 
 
@@ -161,7 +161,7 @@ def test_first_tokens_have_their_mixtures_moments(prior):
         labels = torch.full((20000,), 1)
         z = prior.sample(labels, generator=torch.Generator().manual_seed(0))[:, 0, : prior.informative_dim]
         prefix = prior._condition(labels[:1], 1) + prior.position[: prior.condition_repeats]
-        first = prior.informative(prior.transformer(prefix)[:, -1])
+        first = prior.informative.mixture(prior.transformer(prefix)[:, -1])
         error = (first.variance[0] / len(z)).sqrt()
         assert ((z.mean(0) - first.mean[0]).abs() < 5 * error).all()
         squares = (z - first.mean[0]).square()
@@ -190,7 +190,7 @@ def test_chunks_change_neither_value_nor_gradient(prior, monkeypatch):
 
     whole = value_and_gradients()
     calls = []
-    prior.informative.register_forward_hook(lambda _m, inputs, _o: calls.append(inputs[0].shape[1]))
+    prior.informative.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[1]))
     monkeypatch.setattr(prior_module, "CHUNK_NUMBERS", 2 * 4 * prior.informative.numbers)
     for ours, expected in zip(value_and_gradients(), whole, strict=True):
         torch.testing.assert_close(ours, expected)
@@ -352,7 +352,7 @@ def test_guided_tokens_follow_the_guided_mixture():
     with torch.no_grad():
         z = prior.sample(labels, guide=guide, generator=torch.Generator().manual_seed(1))[:, 0, : prior.informative_dim]
         first = [
-            prior.informative(
+            prior.informative.mixture(
                 prior.transformer(prior._condition(c, 1) + prior.position[: prior.condition_repeats])[:, -1]
             )
             for c in (labels[:1], None)

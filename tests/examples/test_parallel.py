@@ -1,11 +1,16 @@
 """What is done to a model from outside changes what it costs, and nothing else."""
 
+import copy
+
+import farmer_ar.prior
 import pytest
 import torch
 from farmer_ar import LatentPrior
 from farmer_distill import OneStepInverse
-from farmer_examples.parallel import checkpoint_activations, compile_layers
+from farmer_examples.parallel import checkpoint_activations, compile_parts
 from farmer_flow import AutoregressiveFlow
+from torch import nn
+from torch._dynamo.utils import counters
 
 FLOW = AutoregressiveFlow(3, 8, width=16, blocks=3, layers=2, head_dim=8, classes=2)
 PRIOR = LatentPrior(3, 8, informative_dim=2, width=16, layers=2, head_dim=8, components=2, classes=2)
@@ -19,6 +24,7 @@ LOSSES = {
 def gradients(module, loss):
     module.zero_grad()
     x, y = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, -1, 0])
+    x = x.to(next(module.parameters()).dtype)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         value = loss(module, x, y)
@@ -29,7 +35,7 @@ def gradients(module, loss):
 @pytest.mark.parametrize("name", LOSSES)
 def test_activation_checkpointing_keeps_value_and_gradients_and_less(disturb, name):
     make, loss = LOSSES[name]
-    module = disturb(make(), deviation=0.1)
+    module = disturb(copy.deepcopy(make()), deviation=0.1)
     names = list(module.state_dict())
     value, expected, kept = gradients(module, loss)
     checkpoint_activations(module)
@@ -41,12 +47,22 @@ def test_activation_checkpointing_keeps_value_and_gradients_and_less(disturb, na
 
 
 @pytest.mark.slow
-def test_compilation_keeps_value_and_gradients(disturb):
-    make, loss = LOSSES["flow"]
-    module = disturb(make(), deviation=0.1)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("whole_blocks", [False, True], ids=["layers", "blocks"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compilation_keeps_value_and_gradients(name, whole_blocks, checkpointing, disturb, monkeypatch):
+    make, loss = LOSSES[name]
+    module = disturb(copy.deepcopy(make()), deviation=0.1).double()
+    monkeypatch.setattr(farmer_ar.prior, "CHUNK_NUMBERS", 3 * 4 * PRIOR.informative.numbers)  # 3, 3 and 2 tokens
     value, expected, _ = gradients(module, loss)
-    compile_layers(module)
-    same, ours, _ = gradients(module, loss)
-    torch.testing.assert_close(same, value)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if checkpointing:
+        checkpoint_activations(module)
+    compile_parts(nn.ModuleList([module]), whole_blocks=whole_blocks)
+    torch.compiler.reset()
+    for _ in range(2):
+        same, ours, _ = gradients(module, loss)
+        torch.testing.assert_close(same, value)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] > 0

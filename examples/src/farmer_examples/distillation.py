@@ -125,7 +125,7 @@ class Distilling(Loop):
             raise TrainingError("the model's own samples are not finite: its training has diverged")
         return tokens, labels.cpu()
 
-    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss on a batch of images, of which a share is drawn from the model instead."""
         model, settings, labels = self.model, self.settings, batch.labels
         tokens, _ = model.tokenise(model.noised(batch.images, 1.0, generator=self.generators(batch.draws)))

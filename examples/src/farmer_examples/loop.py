@@ -37,7 +37,7 @@ from farmer_examples.average import Average
 from farmer_examples.batches import Batch, Batches, Feed
 from farmer_examples.config import Config, ConfigError, load_config
 from farmer_examples.model import lacks_float64
-from farmer_examples.parallel import checkpoint_activations, compile_layers, sharding
+from farmer_examples.parallel import checkpoint_activations, compile_parts, sharding
 from farmer_examples.resumption import State, together
 from farmer_examples.storage import Checkpoint, checkpoints, clear, prune, published, set_aside
 from farmer_examples.streaming import Stream, StreamLoader
@@ -162,7 +162,7 @@ class Loop(ABC):
         if settings.activation_checkpointing:
             checkpoint_activations(module)
         if settings.compile:
-            compile_layers(module)
+            compile_parts(module, whole_blocks=not self.accelerator.is_fsdp2)
         self.module, self.optimizer = self.accelerator.prepare(module, self._optimizer(module))
         self.average.follow(self.accelerator.unwrap_model(self.module))
         self.state = State(
@@ -228,7 +228,7 @@ class Loop(ABC):
         """Do what steps need and the clock is not to count."""
 
     @abstractmethod
-    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch after a share of the course, and further figures for the logs.
 
         Some of the images are mirrored and some of the labels dropped already. Random numbers of an image come from
@@ -325,7 +325,8 @@ class Loop(ABC):
         lr = self._lr(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses, spoilt, figures = [], [], []
+        values, figures = [], []
+        sound = torch.ones((), device=accelerator.device)
         waited = 0.0
         for _ in range(self.parts):
             asked = time.perf_counter()
@@ -336,31 +337,33 @@ class Loop(ABC):
             with accelerator.accumulate(self.module), short_attention(accelerator.device, self.config.length):
                 with accelerator.autocast():
                     loss, told = self.loss(self._augmented(batch), progress)
+                values.append(loss.detach())
                 figures.append(told)
-                value = loss.item()
-                (losses if math.isfinite(value) else spoilt).append(value)
-                if spoilt:
-                    loss = loss * math.nan  # and so is the gradient: thus all processes learn of it
-                accelerator.backward(loss)
+                # NaN from a loss on that is not finite, and so is the gradient: thus all processes learn of it, and
+                # none has to wait here until its GPU has come to know the loss
+                sound = sound + 0 * loss.detach()
+                accelerator.backward(loss * sound)
+        losses, spoilt = _parted(torch.stack(values).tolist())
         norm = _norm(accelerator.clip_grad_norm_(self.module.parameters(), settings.max_grad_norm))
         course.step += 1
         course.images += settings.batch_size
         seconds, course.seconds = course.seconds, time.perf_counter() - self.started
         self.waits.append(waited / (course.seconds - seconds))
         course.loss_sum, course.loss_count = course.loss_sum + sum(losses), course.loss_count + len(losses)
-        sound, scaled = math.isfinite(norm), settings.precision == "fp16"
-        if not sound:
+        finite, scaled = math.isfinite(norm), settings.precision == "fp16"
+        if not finite:
             spoilt = gather_object(spoilt)
             # a gradient beyond fp16 is its scaler's to pass over, as long as that has room to scale it down
             if spoilt or not scaled or accelerator.scaler.get_scale() < 1:
                 self._skip(spoilt[0] if spoilt else losses[-1], norm)
-        if sound or scaled:
+        if finite or scaled:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        if sound and not accelerator.optimizer_step_was_skipped:
+        if finite and not accelerator.optimizer_step_was_skipped:
             self.average.update()
         mean = sum(losses) / len(losses) if losses else math.nan
-        return {"loss": mean, **_joined(figures), "grad_norm": norm, "lr": lr}
+        told = [{name: value.item() for name, value in part.items()} for part in figures]
+        return {"loss": mean, **_joined(told), "grad_norm": norm, "lr": lr}
 
     def _augmented(self, batch: Batch) -> Batch:
         """Move a batch to the device, mirror some of its images and drop some of its labels."""
@@ -524,6 +527,12 @@ def _joined(parts: list[dict[str, float]]) -> dict[str, float]:
     """Return the figures of several parts of a batch as one: those that end in ``_max`` by their maximum."""
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     return {name: max(c) if name.endswith("_max") else statistics.fmean(c) for name, c in columns.items()}
+
+
+def _parted(losses: list[float]) -> tuple[list[float], list[float]]:
+    """Part those that are finite from those that are not."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return finite, [loss for loss in losses if not math.isfinite(loss)]
 
 
 def _norm(norm: Tensor) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from accelerate.utils import FullyShardedDataParallelPlugin
+from farmer_ar import LatentPrior
 from farmer_distill import InverseBlock
 from farmer_flow import AutoregressiveBlock, Transformer
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-__all__ = ["checkpoint_activations", "compile_layers", "sharding"]
+__all__ = ["checkpoint_activations", "compile_parts", "sharding"]
 
 
 def checkpoint_activations(module: nn.Module) -> None:
@@ -28,12 +29,28 @@ def checkpoint_activations(module: nn.Module) -> None:
             checkpoint_activations(child)
 
 
-def compile_layers(module: nn.Module) -> None:
-    """Compile the layers of every Transformer, in place: all of one shape share one compiled function."""
-    for child in module.modules():
-        if isinstance(child, Transformer):
-            for layer in child.layers:
-                layer.compile()
+def compile_parts(module: nn.Module, *, whole_blocks: bool = True) -> None:
+    """Compile, in place, the parts that a model has many of, so that all of one kind share compiled functions.
+
+    Those are the blocks of a flow or student, the layers of a prior, and its mixtures. Shapes that change are compiled
+    anew, and not for any size: a function for some sizes would be another in the backward pass of a checkpoint.
+
+    Args:
+        module: any; its blocks may be checkpointed already.
+        whole_blocks: compile the layers of a block one by one if False, which FSDP needs: it gathers each for itself.
+    """
+    for child in module.children():
+        inner = getattr(child, "_checkpoint_wrapped_module", child)
+        if whole_blocks and isinstance(inner, AutoregressiveBlock | InverseBlock):
+            child.compile(dynamic=False)
+            continue
+        if isinstance(inner, LatentPrior):
+            inner.informative.compile(dynamic=False)
+        if isinstance(inner, Transformer):
+            for layer in inner.layers:
+                layer.compile(dynamic=False)
+        else:
+            compile_parts(child, whole_blocks=whole_blocks)
 
 
 def sharding() -> FullyShardedDataParallelPlugin | None:

@@ -46,14 +46,14 @@ class Training(Loop):
             model.fit_whitening(model.noised(images, progress=0.0, generator=generator))
         return model
 
-    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the negative log-density of noised images in nats per dimension (Eq. 14)."""
         model: Farmer = self.accelerator.unwrap_model(self.module)
         noised = model.noised(batch.images, progress, generator=self.generators(batch.draws))
         density = self.module(noised, batch.labels)
         loss = -density.log_prob.mean() / model.dimensions
         logdet = density.logdet.detach() / model.dimensions
-        return loss, {"logdet": logdet.mean().item(), "logdet_max": logdet.max().item()}
+        return loss, {"logdet": logdet.mean(), "logdet_max": logdet.max()}
 
     def evaluate(self, model: nn.Module, train: float | None) -> dict[str, Any]:
         """Score held-out images in bits per dimension, draw the curves and samples."""

@@ -128,11 +128,11 @@ class DiagonalMixture(Distribution):
         logits, loc, scale = (p.reshape(padding + p.shape) for p in (logits, loc, scale))
         own = [i for i, size in enumerate(logits.shape[:-1]) if size > 1]
         shared = [i for i in range(len(shape)) if i not in own]
-        if math.prod(shape[i] for i in shared) == 1:
+        if math.prod([shape[i] for i in shared]) == 1:
             joint = logits.log_softmax(-1) + _log_normal(value.unsqueeze(-2), loc, scale)
             return joint.logsumexp(-1)
         order = [*own, *shared]
-        owners = math.prod(shape[i] for i in own)
+        owners = math.prod([shape[i] for i in own])
         values = value.expand(*shape, -1).permute(*order, len(shape)).reshape(owners, -1, value.shape[-1])
         joint = logits.reshape(owners, 1, -1).log_softmax(-1) + _log_normal_of_shared(
             values, loc.reshape(owners, *loc.shape[-2:]), scale.reshape(owners, *scale.shape[-2:])

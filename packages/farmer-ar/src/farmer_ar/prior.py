@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from farmer_flow import Transformer
+from farmer_flow import Transformer, check_labels
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,12 +23,12 @@ Guide = Callable[..., Tensor]
 LOG_SCALE_BOUND = 8.0
 """No standard deviation leaves ``exp(-8)..exp(8)``."""
 
-CHUNK_NUMBERS = 2**23
-"""How many mixture parameters the informative heads hold at once: 32 MiB in float32."""
+CHUNK_NUMBERS = 2**25
+"""How many mixture parameters the informative heads hold at once: 128 MiB in float32."""
 
 
 class MixtureHead(nn.Module):
-    """Map hidden states to mixtures of diagonal Gaussians.
+    """Map hidden states to mixtures of diagonal Gaussians, and score values under them.
 
     ``log sigma = 8 tanh(s / 8)`` of the output ``s``, so that no scale overflows or vanishes.
     """
@@ -43,7 +43,11 @@ class MixtureHead(nn.Module):
         """How many numbers describe one mixture."""
         return self.linear.out_features
 
-    def forward(self, hidden: Tensor) -> DiagonalMixture:
+    def forward(self, hidden: Tensor, value: Tensor) -> Tensor:
+        """Return the log-densities of values ``(*batch, dim)``, whose mixtures they may share."""
+        return self.mixture(hidden).log_prob(value)
+
+    def mixture(self, hidden: Tensor) -> DiagonalMixture:
         """Map ``(*batch, width)`` to mixtures of that batch shape, in float32 or wider."""
         raw = self.linear(hidden)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
@@ -155,8 +159,8 @@ class LatentPrior(nn.Module):
         hidden, informative, redundant = self._read_through(z, labels)
         log_prob = self._log_prob_informative(hidden[:, : self.length], informative)
         if self.redundant is not None:
-            shared = self.redundant(hidden[:, -1:])  # batch (batch, 1): one mixture for all tokens
-            log_prob = log_prob + shared.log_prob(redundant).sum(1)
+            # of batch shape (batch, 1): one mixture for all tokens
+            log_prob = log_prob + self.redundant(hidden[:, -1:], redundant).sum(1)
         return log_prob
 
     def mixtures(self, z: Tensor, labels: Tensor | None = None) -> tuple[DiagonalMixture, DiagonalMixture | None]:
@@ -170,8 +174,8 @@ class LatentPrior(nn.Module):
             that all tokens share, ``(batch, 1)``, or None where all channels are informative.
         """
         hidden, _, _ = self._read_through(z, labels)
-        shared = None if self.redundant is None else self.redundant(hidden[:, -1:])
-        return self.informative(hidden[:, : self.length]), shared
+        shared = None if self.redundant is None else self.redundant.mixture(hidden[:, -1:])
+        return self.informative.mixture(hidden[:, : self.length]), shared
 
     def _read_through(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states that predict, and the channels that are informative and redundant."""
@@ -199,8 +203,8 @@ class LatentPrior(nn.Module):
         return torch.stack(parts).sum(0)
 
     def _log_prob_chunk(self, hidden: Tensor, z: Tensor) -> Tensor:
-        mixture: DiagonalMixture = self.informative(hidden)
-        return mixture.log_prob(z).sum(1)
+        scores: Tensor = self.informative(hidden, z)
+        return scores.sum(1)
 
     @torch.no_grad()
     def sample(
@@ -255,7 +259,7 @@ class LatentPrior(nn.Module):
         hidden = self.transformer(condition + self.position[: self.condition_repeats], cache)[:, -1:]
         drawn: list[Tensor] = []
         for i in range(self.length):
-            mixture = self.informative(hidden.reshape(paths, batch, -1))
+            mixture = self.informative.mixture(hidden.reshape(paths, batch, -1))
             progress = i / max(1, self.length - 1)
             token = draw(*_paths(mixture), (), progress=progress, generator=generator)
             drawn.append(token.unsqueeze(1))
@@ -265,7 +269,7 @@ class LatentPrior(nn.Module):
         informative = torch.cat(drawn, dim=1)
         if self.redundant is None:
             return informative
-        shared = self.redundant(hidden.reshape(paths, batch, -1)).temper(scale=math.sqrt(redundant_scale))
+        shared = self.redundant.mixture(hidden.reshape(paths, batch, -1)).temper(scale=math.sqrt(redundant_scale))
         redundant = draw_redundant(*_paths(shared), (self.length,), progress=1.0, generator=generator)
         return torch.cat([informative, redundant.transpose(0, 1)], dim=-1)
 
@@ -277,10 +281,8 @@ class LatentPrior(nn.Module):
         """Return the condition's embedding, repeated: ``(batch, condition_repeats, width)``."""
         if labels is None or not self.classes:
             labels = torch.full((batch,), -1, device=self.position.device)
-        elif labels.shape != (batch,) or labels.is_floating_point():
-            raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
-        elif not torch.compiler.is_compiling() and batch and int(labels.max()) >= self.classes:
-            raise ValueError(f"labels must be below classes={self.classes}, got {int(labels.max())}")
+        else:
+            check_labels(labels, batch, self.classes)
         embedded: Tensor = self.condition(labels.where(labels >= 0, self.classes))
         return embedded.unsqueeze(1).expand(-1, self.condition_repeats, -1)
 

@@ -21,7 +21,7 @@ from farmer_flow.inversion import (
 )
 from farmer_flow.transformer import KVCache, Linear, Transformer
 
-__all__ = ["AutoregressiveBlock", "AutoregressiveFlow", "check_tokens"]
+__all__ = ["AutoregressiveBlock", "AutoregressiveFlow", "check_labels", "check_tokens"]
 
 LOG_SCALE_BOUND = 8.0
 """No scale leaves ``exp(-8)..exp(8)``."""
@@ -411,10 +411,17 @@ def check_tokens(tokens: Tensor, labels: Tensor | None, length: int, dim: int, c
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Raise ValueError unless ``labels`` is ``(batch,)`` integers below ``classes`` (any, if that is 0)."""
+    """Raise ValueError unless ``labels`` is ``(batch,)`` integers below ``classes`` (any, if that is 0).
+
+    On a GPU in training, which would have to wait for the largest, a label that is too large fails a CUDA assertion.
+    """
     if labels.shape != (batch,) or labels.is_floating_point():
         raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
-    if classes and not torch.compiler.is_compiling() and batch and int(labels.max()) >= classes:
+    if not classes or not batch or torch.compiler.is_compiling():
+        return
+    if labels.is_cuda and torch.is_grad_enabled():
+        torch._assert_async(labels.max() < classes, f"labels must be below classes={classes}")
+    elif int(labels.max()) >= classes:
         raise ValueError(f"labels must be below classes={classes}, got {int(labels.max())}")
 
 

@@ -89,8 +89,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         """Map ``(batch, new, width)`` to the same shape, attending to the cache's tokens as well."""
-        # (batch, new, 3 heads dim) -> three of (batch, heads, new, dim); einops would slow down decoding
-        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_dim)).transpose(1, 3).unbind(2)
+        # (batch, new, 3 heads dim) -> three of (batch, heads, new, dim); einops would slow down decoding, and
+        # gradients of parts that are unbound after the transposition would have to be put in order by a copy
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(2, (3, -1, self.head_dim)).unbind(2))
         mask = None
         if cache is not None:
             past, new = cache.position, x.shape[1]
