@@ -175,7 +175,7 @@ class Transformer(nn.Module):
                 f"the cache holds {cache.length} tokens and has {cache.position}: no room for {x.shape[1]} more"
             )
         for index, layer in enumerate(self.layers):
-            x = layer(x, cache, index)
+            x = layer(x) if cache is None else layer(x, cache, index)  # compiled for one index, or for none
         if cache is not None:
             cache.position += x.shape[1]
         normalised: Tensor = self.norm(x)
