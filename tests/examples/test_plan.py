@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 
+import farmer_ar.prior
 import pytest
 import torch
 from farmer_examples.__main__ import main
@@ -39,6 +40,14 @@ SHAPES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+    """Let small models do what makes large ones compute mixtures in parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(farmer_ar.prior, "CHUNK_NUMBERS", 2**23)
+        yield
+
+
 def shaped(name, *more):
     return load_config("digits", [*SHAPES[name], *more])
 
@@ -72,6 +81,8 @@ def test_activations_are_those_of_a_real_step(shape, dtype, batch, checkpointing
     config = shaped(shape)
     planned = Rehearsal(config, NAMES, dtype, checkpointing=checkpointing).step(batch).peak
     model = build(config, checkpointing)
+    in_parts = batch * config.length * model.prior.informative.numbers > farmer_ar.prior.CHUNK_NUMBERS
+    assert in_parts == (shape == "mixtures in parts")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # as the earlier parts of a batch leave them
     measured = peak_bytes(lambda: backward(model, batch, dtype))

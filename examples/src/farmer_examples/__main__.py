@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="FSDP: divide weights, gradients, optimiser and average among them; else each has a copy",
     )
     command.add_argument(
-        "--utilisation", type=_share, default=0.45, metavar="SHARE", help="of the rate that is reached (0.45)"
+        "--utilisation", type=_share, default=0.4, metavar="SHARE", help="of the rate that is reached (0.4)"
     )
     command.add_argument(
         "--precision", choices=list(DTYPES), default="bf16", help="of matrix products, as to memory (bf16)"

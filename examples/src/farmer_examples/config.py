@@ -164,7 +164,7 @@ class Schedule(Section):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, of a block at a time: a third more work, far less memory."""
     compile: bool = False
-    """Compile the Transformers' layers."""
+    """Compile the blocks of the flow, and the layers and mixtures of the prior; the first step takes longer."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Of the average of the weights that is evaluated and kept; 0 for none, which saves its memory."""
     label_dropout: float = Field(default=0.1, ge=0, le=1)

@@ -229,7 +229,7 @@ class Loop(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a batch after a share of the course, and further figures for the logs.
+        """Return the loss of a batch after a share of the course, and further figures for the logs, all on the device.
 
         Some of the images are mirrored and some of the labels dropped already. Random numbers of an image come from
         :meth:`generators`, which depend on its number alone.
@@ -326,7 +326,6 @@ class Loop(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         values, figures = [], []
-        sound = torch.ones((), device=accelerator.device)
         waited = 0.0
         for _ in range(self.parts):
             asked = time.perf_counter()
@@ -336,15 +335,15 @@ class Loop(ABC):
             # the backward pass, too, may compute attention
             with accelerator.accumulate(self.module), short_attention(accelerator.device, self.config.length):
                 with accelerator.autocast():
-                    loss, told = self.loss(self._augmented(batch), progress)
+                    loss, shown = self.loss(self._augmented(batch), progress)
                 values.append(loss.detach())
-                figures.append(told)
-                # NaN from a loss on that is not finite, and so is the gradient: thus all processes learn of it, and
-                # none has to wait here until its GPU has come to know the loss
-                sound = sound + 0 * loss.detach()
-                accelerator.backward(loss * sound)
-        losses, spoilt = _parted(torch.stack(values).tolist())
+                figures.append(shown)
+                # NaN where the loss is not finite, and so is the gradient: thus all processes learn of it, and none has
+                # to wait here until its GPU knows the loss
+                accelerator.backward(loss * (1 + 0 * loss.detach()))
         norm = _norm(accelerator.clip_grad_norm_(self.module.parameters(), settings.max_grad_norm))
+        losses, spoilt = _parted(torch.stack(values).tolist())
+        told = _joined([{name: value.item() for name, value in part.items()} for part in figures])
         course.step += 1
         course.images += settings.batch_size
         seconds, course.seconds = course.seconds, time.perf_counter() - self.started
@@ -362,8 +361,7 @@ class Loop(ABC):
         if finite and not accelerator.optimizer_step_was_skipped:
             self.average.update()
         mean = sum(losses) / len(losses) if losses else math.nan
-        told = [{name: value.item() for name, value in part.items()} for part in figures]
-        return {"loss": mean, **_joined(told), "grad_norm": norm, "lr": lr}
+        return {"loss": mean, **told, "grad_norm": norm, "lr": lr}
 
     def _augmented(self, batch: Batch) -> Batch:
         """Move a batch to the device, mirror some of its images and drop some of its labels."""

@@ -32,11 +32,12 @@ def checkpoint_activations(module: nn.Module) -> None:
 def compile_parts(module: nn.Module, *, whole_blocks: bool = True) -> None:
     """Compile, in place, the parts that a model has many of, so that all of one kind share compiled functions.
 
-    Those are the blocks of a flow or student, the layers of a prior, and its mixtures. Shapes that change are compiled
-    anew, and not for any size: a function for some sizes would be another in the backward pass of a checkpoint.
+    Those are the blocks of a flow or student, the layers of a prior, and the head of its informative mixtures. Each
+    shape has a function of its own: a checkpoint must compute again by the function that it has run before, which one
+    for all sizes might replace meanwhile.
 
     Args:
-        module: any; its blocks may be checkpointed already.
+        module: anything that contains such; its blocks and layers may be checkpointed already.
         whole_blocks: compile the layers of a block one by one if False, which FSDP needs: it gathers each for itself.
     """
     for child in module.children():

@@ -6,8 +6,8 @@ import math
 import weakref
 from typing import Any, NamedTuple
 
+import farmer_ar.prior
 import torch
-from farmer_ar.prior import CHUNK_NUMBERS
 from farmer_flow import Transformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -144,7 +144,7 @@ def plan(
     *,
     gpus: int = 1,
     sharded: bool = False,
-    utilisation: float = 0.45,
+    utilisation: float = 0.4,
     dtype: torch.dtype = torch.bfloat16,
     classes: int = 1000,
 ) -> Plan:
@@ -171,7 +171,7 @@ def plan(
     room = USABLE * device.memory * GIB - sum(memory)
     images, rate = config.training.steps * config.training.batch_size, gpus * device.rate * 1e12 * utilisation
     at_once = config.training.batch_size // (gpus * config.training.parts(gpus))
-    mixtures = max(1, CHUNK_NUMBERS // model.prior.informative.numbers)
+    mixtures = max(1, farmer_ar.prior.CHUNK_NUMBERS // model.prior.informative.numbers)
     kept, recomputed = (
         bounds(Rehearsal(config, names, dtype, checkpointing=checkpointing), mixtures, room, at_once, images, rate)
         for checkpointing in (False, True)

@@ -128,7 +128,7 @@ class DiagonalMixture(Distribution):
         logits, loc, scale = (p.reshape(padding + p.shape) for p in (logits, loc, scale))
         own = [i for i, size in enumerate(logits.shape[:-1]) if size > 1]
         shared = [i for i in range(len(shape)) if i not in own]
-        if math.prod([shape[i] for i in shared]) == 1:
+        if math.prod([shape[i] for i in shared]) == 1:  # a list, because torch.compile traces no generator there
             joint = logits.log_softmax(-1) + _log_normal(value.unsqueeze(-2), loc, scale)
             return joint.logsumexp(-1)
         order = [*own, *shared]

@@ -44,7 +44,10 @@ class MixtureHead(nn.Module):
         return self.linear.out_features
 
     def forward(self, hidden: Tensor, value: Tensor) -> Tensor:
-        """Return the log-densities of values ``(*batch, dim)``, whose mixtures they may share."""
+        """Return the log-densities of values ``(*batch, dim)`` under the mixtures of ``(*batch, width)`` hidden states.
+
+        Values share a mixture along a dimension of size 1.
+        """
         return self.mixture(hidden).log_prob(value)
 
     def mixture(self, hidden: Tensor) -> DiagonalMixture:
@@ -154,7 +157,8 @@ class LatentPrior(nn.Module):
             ``(batch,)``, float32 whatever the autocast (float64 for float64 parameters).
 
         Raises:
-            ValueError: if the latents or the labels have the wrong shape, or a label is out of range.
+            ValueError: if the latents or the labels have the wrong shape, or a label is out of range; on a GPU see
+                :func:`~farmer_flow.check_labels`.
         """
         hidden, informative, redundant = self._read_through(z, labels)
         log_prob = self._log_prob_informative(hidden[:, : self.length], informative)

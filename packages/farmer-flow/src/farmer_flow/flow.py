@@ -273,7 +273,8 @@ class AutoregressiveFlow(nn.Module):
             autocast, or float64 for float64 tokens.
 
         Raises:
-            ValueError: if the tokens or the labels have the wrong shape, or a label is out of range.
+            ValueError: if the tokens or the labels have the wrong shape, or a label is out of range; on a GPU see
+                :func:`~farmer_flow.check_labels`.
         """
         z = self._checked(x, labels)
         logdet = z.new_zeros(z.shape[0])
@@ -413,7 +414,8 @@ def check_tokens(tokens: Tensor, labels: Tensor | None, length: int, dim: int, c
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
     """Raise ValueError unless ``labels`` is ``(batch,)`` integers below ``classes`` (any, if that is 0).
 
-    On a GPU in training, which would have to wait for the largest, a label that is too large fails a CUDA assertion.
+    Where gradients are enabled on a GPU, which would have to wait to find out, a label that is too large fails a CUDA
+    assertion with this message instead, and the process can use the GPU no more.
     """
     if labels.shape != (batch,) or labels.is_floating_point():
         raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
