@@ -13,7 +13,7 @@ import time
 import torch
 from accelerate import Accelerator
 from farmer_examples.config import load_config
-from farmer_examples.loop import short_attention
+from farmer_examples.hardware import short_attention
 from measure import machine
 
 

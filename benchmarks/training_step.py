@@ -12,7 +12,7 @@ import functools
 import farmer_ar.prior
 import torch
 from farmer_examples.config import load_config
-from farmer_examples.loop import computes_in_bf16, short_attention
+from farmer_examples.hardware import computes_in_bf16, short_attention
 from farmer_examples.parallel import checkpoint_activations, compile_parts
 from farmer_examples.plan import Rehearsal
 from measure import machine, median_seconds, peak_bytes

@@ -156,9 +156,10 @@ def test_any_layout_resumes_from_any_other(runs, before, after, tmp_path):
 
 
 @pytest.mark.slow
-def test_activation_checkpointing_parts_and_compilation_change_nothing_under_sharding(runs, tmp_path):
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_activation_checkpointing_parts_and_compilation_change_nothing(layout, runs, tmp_path):
     ways = ["activation_checkpointing=true", "micro_batch_size=4", "compile=true"]
-    train("fsdp", tmp_path, *(f"training.{way}" for way in ways))
+    train(layout, tmp_path, *(f"training.{way}" for way in ways))
     assert history(tmp_path)[-1]["held_out"] == pytest.approx(history(runs / "one")[-1]["held_out"], abs=1e-4)
     assert history(tmp_path)[-1]["train"] == pytest.approx(history(runs / "one")[-1]["train"], abs=1e-4)
 

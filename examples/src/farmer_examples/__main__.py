@@ -17,11 +17,13 @@ from farmer_examples.data import DataError, load_files
 from farmer_examples.demo import demo
 from farmer_examples.distillation import STUDENT, distill
 from farmer_examples.guidance import METHODS, SCHEDULES, Guides, Setting, read_options, settings_of
+from farmer_examples.hardware import lacks_float64
 from farmer_examples.inverse import INVERSES, ExactInverse, inverse_of
 from farmer_examples.likelihood import save_likelihoods
-from farmer_examples.loop import CONFIG, PreemptedError, TrainingError, resumed_config
-from farmer_examples.model import Farmer, UnknownClassError, lacks_float64
+from farmer_examples.loop import CONFIG, TrainingError, resumed_config
+from farmer_examples.model import Farmer, UnknownClassError
 from farmer_examples.plan import DEVICES, Device, plan
+from farmer_examples.preemption import PreemptedError
 from farmer_examples.sampling import SamplingError, save_samples
 from farmer_examples.storage import find_model
 from farmer_examples.sweep import stamp, sweep, table

@@ -12,7 +12,8 @@ from torch import Generator
 from torch.distributions import Categorical
 
 from farmer_examples.data import ImageData
-from farmer_examples.model import Farmer, lacks_float64
+from farmer_examples.hardware import lacks_float64
+from farmer_examples.model import Farmer
 
 __all__ = ["evaluate", "mixture_figures"]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import statistics
 import textwrap
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -30,22 +28,21 @@ from accelerate.utils import (
 )
 from torch import Generator, Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from farmer_examples.average import Average
 from farmer_examples.batches import Batch, Batches, Feed
 from farmer_examples.config import Config, ConfigError, load_config
-from farmer_examples.model import lacks_float64
+from farmer_examples.hardware import lacks_float64, mixed_precision, short_attention
 from farmer_examples.parallel import checkpoint_activations, compile_parts, sharding
+from farmer_examples.preemption import PreemptedError, ignore_sigterm, triggered_by_sigterm
 from farmer_examples.resumption import State, together
 from farmer_examples.storage import Checkpoint, checkpoints, clear, prune, published, set_aside
 from farmer_examples.streaming import Stream, StreamLoader
 
-__all__ = ["Course", "Loop", "PreemptedError", "TrainingError", "computes_in_bf16", "resumed_config", "short_attention"]
+__all__ = ["Course", "Loop", "TrainingError", "resumed_config"]
 
 CONFIG = "config.yaml"
-SHORT_SEQUENCE = 128
 
 NOTABLE_WAIT = 0.1
 """Share of the time spent waiting for data from which the progress bar tells of it."""
@@ -53,10 +50,6 @@ NOTABLE_WAIT = 0.1
 
 class TrainingError(RuntimeError):
     """A training that cannot go on; the message says why, and what is left."""
-
-
-class PreemptedError(RuntimeError):
-    """A training that has saved its state because it was told to end, and is to be resumed."""
 
 
 @dataclass
@@ -89,36 +82,6 @@ def resumed_config(run: Path, overrides: list[str]) -> Config:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} has no {CONFIG} to resume with; name one with --config")
     return load_config(run / CONFIG, overrides)
-
-
-def computes_in_bf16() -> bool:
-    """Whether the hardware has matrix products in bfloat16, and does not emulate them, a hundred times slower."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _mixed_precision(precision: str) -> str:
-    """Return Accelerate's name of a precision, after choosing one for ``auto``."""
-    if precision == "auto":
-        precision = "bf16" if computes_in_bf16() else "fp32"
-    return "no" if precision == "fp32" else precision
-
-
-@contextlib.contextmanager
-def short_attention(device: torch.device, length: int) -> Iterator[None]:
-    """Choose plain matrix products over the fused attention for short sequences on a CPU, where they are faster."""
-    if device.type != "cpu" or length > SHORT_SEQUENCE:
-        yield
-        return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name also for the CPU
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 class Loop(ABC):
@@ -176,7 +139,7 @@ class Loop(ABC):
         precision = self.settings.precision
         try:
             accelerator = Accelerator(
-                mixed_precision=_mixed_precision(precision),
+                mixed_precision=mixed_precision(precision),
                 # the feed has no end to synchronise with
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
                 cpu=lacks_float64(),
@@ -197,7 +160,7 @@ class Loop(ABC):
     def _feed(self) -> Feed:
         settings, accelerator = self.settings, self.accelerator
         share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-        loading = {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": _ignore_sigterm}
+        loading = {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": ignore_sigterm}
         if isinstance(self.data, Stream):
             size = settings.batch_size // (accelerator.num_processes * self.parts)
             return StreamLoader(self.data.share(**share), batch_size=size, workers=settings.workers, **loading)
@@ -263,7 +226,7 @@ class Loop(ABC):
             TrainingError: if the gradient was not finite too often, or a held-out score is not.
             PreemptedError: on SIGTERM, after the step or evaluation at hand and a checkpoint.
         """
-        with _triggered_by_sigterm(self.accelerator):
+        with triggered_by_sigterm(self.accelerator):
             return self._train()
 
     def _train(self) -> Course:
@@ -535,22 +498,3 @@ def _parted(losses: list[float]) -> tuple[list[float], list[float]]:
 
 def _norm(norm: Tensor) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """Leave SIGTERM, which batch systems send to every process of a job, to the process that saves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def _triggered_by_sigterm(accelerator: Accelerator) -> Iterator[None]:
-    """Let SIGTERM, the warning of batch systems, set the trigger that all processes check after a step."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield
-        return
-    accelerator.check_trigger()  # which makes it
-    before = signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -74,11 +74,6 @@ class TrainingNoise(NamedTuple):
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def lacks_float64() -> bool:
-    """Whether the accelerator at hand cannot compute in float64, as Apple's: the CPU has to be used instead."""
-    return torch.backends.mps.is_available()
-
-
 def encode_component(module: nn.Module) -> dict[str, Any]:
     """Return the JSON form of a flow or prior: its class and its constructor's arguments."""
     encoded: dict[str, Any] = {"type": type(module).__name__}
