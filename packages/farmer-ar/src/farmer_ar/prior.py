@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from farmer_flow import Transformer, check_labels
+from farmer_flow import Transformer
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -157,8 +157,8 @@ class LatentPrior(nn.Module):
             ``(batch,)``, float32 whatever the autocast (float64 for float64 parameters).
 
         Raises:
-            ValueError: if the latents or the labels have the wrong shape, or a label is out of range; on a GPU see
-                :func:`~farmer_flow.check_labels`.
+            ValueError: if the latents or the labels have the wrong shape, or a label is out of range. Where gradients
+                are enabled on a GPU, which would have to wait to find out, such a label fails a CUDA assertion instead.
         """
         hidden, informative, redundant = self._read_through(z, labels)
         log_prob = self._log_prob_informative(hidden[:, : self.length], informative)
@@ -285,8 +285,12 @@ class LatentPrior(nn.Module):
         """Return the condition's embedding, repeated: ``(batch, condition_repeats, width)``."""
         if labels is None or not self.classes:
             labels = torch.full((batch,), -1, device=self.position.device)
-        else:
-            check_labels(labels, batch, self.classes)
+        elif labels.shape != (batch,) or labels.is_floating_point():
+            raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
+        elif labels.is_cuda and torch.is_grad_enabled():  # a training is not to wait for the GPU here
+            torch._assert_async((labels < self.classes).all(), f"labels must be below classes={self.classes}")
+        elif not torch.compiler.is_compiling() and batch and int(labels.max()) >= self.classes:
+            raise ValueError(f"labels must be below classes={self.classes}, got {int(labels.max())}")
         embedded: Tensor = self.condition(labels.where(labels >= 0, self.classes))
         return embedded.unsqueeze(1).expand(-1, self.condition_repeats, -1)
 

@@ -85,8 +85,8 @@ class OneStepInverse(nn.Module):
             ``x``, shaped as ``z``, float32 whatever the autocast, or float64 for float64 latents.
 
         Raises:
-            ValueError: if the latents or the labels have the wrong shape, or a label is out of range; on a GPU see
-                :func:`~farmer_flow.check_labels`.
+            ValueError: if the latents or the labels have the wrong shape, or a label is out of range. Where gradients
+                are enabled on a GPU, which would have to wait to find out, such a label fails a CUDA assertion instead.
         """
         return self.trajectory(z, labels)[0]
 

@@ -1,6 +1,6 @@
 """Invertible autoregressive flows over sequences of tokens, with exact likelihoods."""
 
-from farmer_flow.flow import AutoregressiveBlock, AutoregressiveFlow, check_labels, check_tokens
+from farmer_flow.flow import AutoregressiveBlock, AutoregressiveFlow, check_tokens
 from farmer_flow.inversion import BlockInversion, Inversion
 from farmer_flow.patches import patchify, unpatchify
 from farmer_flow.transform import FlowTransform
@@ -16,7 +16,6 @@ __all__ = [
     "KVCache",
     "Transformer",
     "Whitening",
-    "check_labels",
     "check_tokens",
     "patchify",
     "unpatchify",

@@ -21,7 +21,7 @@ from farmer_flow.inversion import (
 )
 from farmer_flow.transformer import KVCache, Linear, Transformer
 
-__all__ = ["AutoregressiveBlock", "AutoregressiveFlow", "check_labels", "check_tokens"]
+__all__ = ["AutoregressiveBlock", "AutoregressiveFlow", "check_tokens"]
 
 LOG_SCALE_BOUND = 8.0
 """No scale leaves ``exp(-8)..exp(8)``."""
@@ -273,8 +273,8 @@ class AutoregressiveFlow(nn.Module):
             autocast, or float64 for float64 tokens.
 
         Raises:
-            ValueError: if the tokens or the labels have the wrong shape, or a label is out of range; on a GPU see
-                :func:`~farmer_flow.check_labels`.
+            ValueError: if the tokens or the labels have the wrong shape, or a label is out of range. Where gradients
+                are enabled on a GPU, which would have to wait to find out, such a label fails a CUDA assertion instead.
         """
         z = self._checked(x, labels)
         logdet = z.new_zeros(z.shape[0])
@@ -412,16 +412,12 @@ def check_tokens(tokens: Tensor, labels: Tensor | None, length: int, dim: int, c
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Raise ValueError unless ``labels`` is ``(batch,)`` integers below ``classes`` (any, if that is 0).
-
-    Where gradients are enabled on a GPU, which would have to wait to find out, a label that is too large fails a CUDA
-    assertion with this message instead, and the process can use the GPU no more.
-    """
+    """Raise ValueError unless ``labels`` is ``(batch,)`` integers below ``classes`` (any, if that is 0)."""
     if labels.shape != (batch,) or labels.is_floating_point():
         raise ValueError(f"labels must be ({batch},) integers, got {tuple(labels.shape)} of {labels.dtype}")
     if not classes or not batch or torch.compiler.is_compiling():
         return
-    if labels.is_cuda and torch.is_grad_enabled():
+    if labels.is_cuda and torch.is_grad_enabled():  # a training is not to wait for the GPU here
         torch._assert_async(labels.max() < classes, f"labels must be below classes={classes}")
     elif int(labels.max()) >= classes:
         raise ValueError(f"labels must be below classes={classes}, got {int(labels.max())}")
