@@ -273,12 +273,13 @@ class Loop(ABC):
         """Evaluate and save where it is time to; the schedule counts the training alone."""
         settings, course = self.settings, self.course
         pause = time.perf_counter()
-        if (done or course.step % settings.evaluate_every == 0) and not told:  # there may be seconds left to save in
+        due = done or course.step % settings.evaluate_every == 0
+        scored = due and not told  # there may be seconds left to save in
+        if scored or told or (settings.save_every and course.step % settings.save_every == 0):
             with self.average.whole() as module:
-                self._evaluate(module, self._mean_loss())
-            self._save(course.history[-1])
-        elif told or (settings.save_every and course.step % settings.save_every == 0):
-            self._save({"step": course.step})
+                if scored:
+                    self._evaluate(module, self._mean_loss())
+                self._save(module, course.history[-1] if scored else {"step": course.step})
         self.started += time.perf_counter() - pause
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -401,7 +402,7 @@ class Loop(ABC):
             raise TrainingError(self._diverged("held-out score", scores["held_out"], course.step))
         course.history.append({"step": course.step, "seconds": course.seconds, **scores})
 
-    def _save(self, metrics: dict[str, Any]) -> None:
+    def _save(self, module: nn.Module, metrics: dict[str, Any]) -> None:
         """Write a checkpoint with all processes; it joins the run when all of them have written theirs."""
         main, checkpoint = self.accelerator.is_main_process, Checkpoint.unpublished(self.run, self.course.step)
 
@@ -412,9 +413,7 @@ class Loop(ABC):
         self._pool_losses()
         problem = together(lambda: main and checkpoint.begin())
         problem = problem or together(lambda: self.state.write(checkpoint.state))
-        if not problem:
-            with self.average.whole() as module:
-                problem = together(lambda: main and self.save(module, checkpoint.model, metrics.get("held_out")))
+        problem = problem or together(lambda: main and self.save(module, checkpoint.model, metrics.get("held_out")))
         problem = problem or together(lambda: main and publish())
         if problem:
             if main:
